@@ -1,0 +1,39 @@
+"""Checks of the ops' arguments: one clear error that names the argument, what came and what was expected."""
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def tensor(op: str, name: str, value: object, dims: int | None = None) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{op}: {name} must be a tensor, got {type(value).__name__}")
+    if dims is not None and value.dim() != dims:
+        raise ValueError(f"{op}: {name} must have {dims} dimension{'s' if dims > 1 else ''}, got shape {tuple(value.shape)}")
+
+
+def floating(op: str, **tensors: Tensor | None) -> None:
+    """All of them one supported floating dtype on one device."""
+    first_name, first = next((n, t) for n, t in tensors.items() if t is not None)
+    if first.dtype not in FLOATS:
+        raise TypeError(f"{op}: {first_name} must be float32, float64, bfloat16 or float16, got {first.dtype}")
+    for name, t in tensors.items():
+        if t is None:
+            continue
+        if t.dtype != first.dtype:
+            raise TypeError(f"{op}: {name} is {t.dtype} and {first_name} is {first.dtype}; they must have one dtype")
+        same_device(op, first_name, first, name, t)
+
+
+def same_device(op: str, first_name: str, first: Tensor, name: str, t: Tensor) -> None:
+    if t.device != first.device:
+        raise ValueError(f"{op}: {name} is on {t.device} and {first_name} is on {first.device}; they must be on one device")
+
+
+def integer(op: str, name: str, value: object, low: int, high: int) -> None:
+    # torch.compile and torch.export hand symbolic sizes in
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"{op}: {name} must be an int, got {type(value).__name__}")
+    if not low <= value <= high:
+        raise ValueError(f"{op}: {name} must be between {low} and {high}, got {value}")

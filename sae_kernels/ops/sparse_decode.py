@@ -1,0 +1,120 @@
+"""sparse_decode: the weighted sum of the chosen decoder rows; codes of size rows x d_sae never exist in memory."""
+
+import torch
+from torch import Tensor
+
+from . import _checks, reference
+from ._backend import pick
+
+_lib = torch.library.Library("sae_kernels", "FRAGMENT")
+_lib.define("sparse_decode(Tensor values, Tensor indices, Tensor W_dec, Tensor? b_dec) -> Tensor")
+_lib.define("sparse_decode_backward(Tensor grad, Tensor values, Tensor indices, Tensor W_dec) -> (Tensor, Tensor)")
+_lib.define("sparse_decode_grad_values(Tensor grad, Tensor indices, Tensor W_dec) -> Tensor")
+_forward = torch.ops.sae_kernels.sparse_decode.default
+_backward = torch.ops.sae_kernels.sparse_decode_backward.default
+_grad_values = torch.ops.sae_kernels.sparse_decode_grad_values.default
+
+_OUT_OF_RANGE = "sparse_decode: indices"
+
+
+@torch.library.register_fake("sae_kernels::sparse_decode", lib=_lib)
+def _forward_fake(values, indices, W_dec, b_dec):
+    return W_dec.new_empty(values.shape[0], W_dec.shape[1])
+
+
+@torch.library.register_fake("sae_kernels::sparse_decode_backward", lib=_lib)
+def _backward_fake(grad, values, indices, W_dec):
+    return torch.empty_like(values, memory_format=torch.contiguous_format), W_dec.new_empty(W_dec.shape)
+
+
+@torch.library.register_fake("sae_kernels::sparse_decode_grad_values", lib=_lib)
+def _grad_values_fake(grad, indices, W_dec):
+    return grad.new_empty(indices.shape)
+
+
+def sparse_decode(values: Tensor, indices: Tensor, W_dec: Tensor, b_dec: Tensor | None = None) -> Tensor:
+    """sum_j values[..., j] * W_dec[indices[..., j]] + b_dec.
+
+    values [..., k]; indices [..., k] int32 or int64, in [0, d_sae), repeats allowed; W_dec [d_sae, d_out]; b_dec [d_out] or
+    None; values, W_dec and b_dec of one dtype: float32, float64, bfloat16 or float16. Returns [..., d_out] in that dtype,
+    accumulated in float32 (float64 for float64). Differentiable once in values, W_dec and b_dec; on CPU every gradient is
+    summed in one fixed order, whatever the number of threads.
+
+    Under autocast, tensors of different floating dtypes are brought to W_dec's. Raises TypeError or ValueError that names
+    the argument; an index out of range raises ValueError (RuntimeError inside a compiled graph).
+    """
+    if isinstance(values, Tensor) and torch.is_autocast_enabled(values.device.type) and values.is_floating_point():
+        values, b_dec = values.to(W_dec.dtype), None if b_dec is None else b_dec.to(W_dec.dtype)
+    _check(values, indices, W_dec, b_dec)
+    k = values.shape[-1]
+    y = _SparseDecode.apply(values.reshape(-1, k), indices.reshape(-1, k), W_dec, b_dec, pick(values.device))
+    return y.reshape(*values.shape[:-1], W_dec.shape[1])
+
+
+def _check(values, indices, W_dec, b_dec) -> None:
+    op = "sparse_decode"
+    _checks.tensor(op, "values", values)
+    _checks.tensor(op, "indices", indices)
+    _checks.tensor(op, "W_dec", W_dec, 2)
+    if values.dim() == 0 or values.shape != indices.shape:
+        raise ValueError(f"{op}: values {tuple(values.shape)} and indices {tuple(indices.shape)} must both be [..., k]")
+    if indices.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{op}: indices must be int32 or int64, got {indices.dtype}")
+    if b_dec is not None:
+        _checks.tensor(op, "b_dec", b_dec, 1)
+        if b_dec.shape[0] != W_dec.shape[1]:
+            raise ValueError(f"{op}: b_dec {tuple(b_dec.shape)} must be [d_out] = [{W_dec.shape[1]}] of W_dec")
+    _checks.floating(op, values=values, W_dec=W_dec, b_dec=b_dec)
+    _checks.same_device(op, "values", values, "indices", indices)
+
+
+def decode_with(backend: str, values: Tensor, indices: Tensor, W_dec: Tensor, b_dec: Tensor | None) -> Tensor:
+    """The forward kernel of `backend` on 2-d, checked tensors."""
+    decode = reference.sparse_decode if backend == "reference" else _forward
+    if torch.compiler.is_compiling():
+        return decode(values, indices, W_dec, b_dec)
+    try:
+        return decode(values, indices, W_dec, b_dec)
+    except RuntimeError as error:
+        if _OUT_OF_RANGE in str(error) or "out of bounds" in str(error):
+            low, high = indices.aminmax()
+            raise ValueError(
+                f"{_OUT_OF_RANGE} must be in [0, d_sae = {W_dec.shape[0]}), got values from {low} to {high}"
+            ) from None
+        raise
+
+
+class _SparseDecode(torch.autograd.Function):
+    @staticmethod
+    def forward(values, indices, W_dec, b_dec, backend):
+        return decode_with(backend, values, indices, W_dec, b_dec)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        values, indices, W_dec, _, backend = inputs
+        ctx.save_for_backward(values, indices, W_dec)
+        ctx.backend = backend
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        values, indices, W_dec = ctx.saved_tensors
+        need_values, _, need_W, need_b = ctx.needs_input_grad[:4]
+        dvalues = dW = None
+        if ctx.backend == "reference":
+            dvalues, dW = _reference_backward(grad, values, indices, W_dec)
+        elif need_W:
+            dvalues, dW = _backward(grad, values, indices, W_dec)
+        elif need_values:
+            dvalues = _grad_values(grad, indices, W_dec)
+        db = grad.sum(0, dtype=reference.accumulator(grad.dtype)).to(grad.dtype) if need_b else None
+        return dvalues if need_values else None, None, dW if need_W else None, db, None
+
+
+def _reference_backward(grad: Tensor, values: Tensor, indices: Tensor, W_dec: Tensor) -> tuple[Tensor, Tensor]:
+    acc = reference.accumulator(W_dec.dtype)
+    wide, index = grad.to(acc), indices.long()
+    dvalues = (wide @ W_dec.to(acc).mT).gather(-1, index)
+    codes = torch.zeros(values.shape[0], W_dec.shape[0], dtype=acc, device=values.device)
+    dW = codes.scatter_add(1, index, values.to(acc)).mT @ wide
+    return dvalues.to(values.dtype), dW.to(W_dec.dtype)

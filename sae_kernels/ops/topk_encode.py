@@ -1,0 +1,126 @@
+"""topk_encode: the k largest latents of every row, exact and differentiable; rows x d_sae never exists in memory."""
+
+import torch
+from torch import Tensor
+
+from . import _checks, reference
+from ._backend import pick
+from .sparse_decode import decode_with
+
+ACTIVATIONS = ("relu", "none", "abs")
+
+_lib = torch.library.Library("sae_kernels", "FRAGMENT")
+_lib.define(
+    "topk_encode(Tensor x, Tensor W_enc, Tensor? b_enc, int k, int activation, Tensor? latent_mask) -> (Tensor, Tensor)"
+)
+_lib.define("topk_encode_backward(Tensor grad_pre, Tensor indices, Tensor x, int d_sae) -> (Tensor, Tensor)")
+_forward = torch.ops.sae_kernels.topk_encode.default
+_backward = torch.ops.sae_kernels.topk_encode_backward.default
+
+
+@torch.library.register_fake("sae_kernels::topk_encode", lib=_lib)
+def _forward_fake(x, W_enc, b_enc, k, activation, latent_mask):
+    return x.new_empty(x.shape[0], k), x.new_empty(x.shape[0], k, dtype=torch.int32)
+
+
+@torch.library.register_fake("sae_kernels::topk_encode_backward", lib=_lib)
+def _backward_fake(grad_pre, indices, x, d_sae):
+    return x.new_empty(d_sae, x.shape[1]), x.new_empty(d_sae)
+
+
+def topk_encode(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor | None,
+    k: int,
+    *,
+    activation: str = "relu",
+    latent_mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The k largest entries of activation(x W_enc^T + b_enc) per row, in descending order.
+
+    x [..., d_in]; W_enc [d_sae, d_in]; b_enc [d_sae] or None; all of one dtype: float32, float64, bfloat16 or float16.
+    k: 1 to d_sae. activation: "relu", "none", or "abs" (ranks by magnitude, keeps the sign).
+    latent_mask [d_sae] bool: only latents that are True compete; where fewer than k of them exist, the others fill up with
+    value 0.
+
+    Returns values [..., k] in x's dtype and indices [..., k] int32. Equal values stand by the lower index first, so the
+    indices of a row are valid and distinct also where fewer than k latents fire. NaN ranks highest. Selection is on
+    pre-activations accumulated in float32 (float64 for float64). Differentiable once in x, W_enc and b_enc; a slot whose
+    value is 0 under relu passes no gradient. Workspace on CPU: at most 24 MiB and 1.5 MiB per thread.
+
+    Under autocast, tensors of different floating dtypes are brought to W_enc's. Raises TypeError or ValueError that names
+    the argument, before any work.
+    """
+    x_dtype = x.dtype if isinstance(x, Tensor) else None
+    if x_dtype is not None and torch.is_autocast_enabled(x.device.type) and x.is_floating_point():
+        x, b_enc = x.to(W_enc.dtype), None if b_enc is None else b_enc.to(W_enc.dtype)
+    _check(x, W_enc, b_enc, k, activation, latent_mask)
+    flat = x.reshape(-1, x.shape[-1])
+    values, indices = _TopKEncode.apply(flat, W_enc, b_enc, k, activation, latent_mask, pick(x.device))
+    shape = (*x.shape[:-1], k)
+    return values.reshape(shape).to(x_dtype), indices.reshape(shape)
+
+
+def _check(x, W_enc, b_enc, k, activation, latent_mask) -> None:
+    op = "topk_encode"
+    _checks.tensor(op, "x", x)
+    _checks.tensor(op, "W_enc", W_enc, 2)
+    if x.dim() == 0 or x.shape[-1] != W_enc.shape[1]:
+        raise ValueError(f"{op}: x {tuple(x.shape)} must end in d_in = {W_enc.shape[1]} of W_enc {tuple(W_enc.shape)}")
+    if b_enc is not None:
+        _checks.tensor(op, "b_enc", b_enc, 1)
+        if b_enc.shape[0] != W_enc.shape[0]:
+            raise ValueError(f"{op}: b_enc {tuple(b_enc.shape)} must be [d_sae] = [{W_enc.shape[0]}] of W_enc")
+    _checks.floating(op, x=x, W_enc=W_enc, b_enc=b_enc)
+    _checks.integer(op, "k", k, 1, W_enc.shape[0])
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"{op}: activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+    if latent_mask is not None:
+        _checks.tensor(op, "latent_mask", latent_mask, 1)
+        if latent_mask.dtype != torch.bool or latent_mask.shape[0] != W_enc.shape[0]:
+            raise ValueError(
+                f"{op}: latent_mask must be bool [{W_enc.shape[0]}], got {latent_mask.dtype} {tuple(latent_mask.shape)}"
+            )
+        _checks.same_device(op, "x", x, "latent_mask", latent_mask)
+
+
+class _TopKEncode(torch.autograd.Function):
+    @staticmethod
+    def forward(x, W_enc, b_enc, k, activation, latent_mask, backend):
+        if backend == "reference":
+            return reference.topk_encode(x, W_enc, b_enc, k, activation, latent_mask)
+        return _forward(x, W_enc, b_enc, k, ACTIVATIONS.index(activation), latent_mask)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, W_enc, b_enc, _, activation, latent_mask, backend = inputs
+        values, indices = output
+        ctx.mark_non_differentiable(indices)
+        ctx.save_for_backward(x, W_enc, values, indices, latent_mask)
+        ctx.activation, ctx.backend = activation, backend
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_values, _):
+        x, W_enc, values, indices, latent_mask = ctx.saved_tensors
+        grad_pre = grad_values
+        if ctx.activation == "relu":
+            grad_pre = torch.where(values == 0, 0, grad_pre)
+        elif latent_mask is not None:
+            grad_pre = torch.where(latent_mask[indices.long()], grad_pre, 0)
+        need_x, need_W, need_b = ctx.needs_input_grad[:3]
+        dx = dW = db = None
+        if need_x:
+            dx = decode_with(ctx.backend, grad_pre, indices, W_enc, None)
+        if need_W or need_b:
+            weight_grads = _reference_weight_grads if ctx.backend == "reference" else _backward
+            dW, db = weight_grads(grad_pre, indices, x, W_enc.shape[0])
+        return dx, dW if need_W else None, db if need_b else None, None, None, None, None
+
+
+def _reference_weight_grads(grad_pre: Tensor, indices: Tensor, x: Tensor, d_sae: int) -> tuple[Tensor, Tensor]:
+    acc = reference.accumulator(x.dtype)
+    grad_codes = torch.zeros(x.shape[0], d_sae, dtype=acc, device=x.device)
+    grad_codes = grad_codes.scatter_add(1, indices.long(), grad_pre.to(acc))
+    return (grad_codes.mT @ x.to(acc)).to(x.dtype), grad_codes.sum(0).to(x.dtype)
