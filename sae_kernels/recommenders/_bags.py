@@ -1,0 +1,36 @@
+"""Ragged rows as (flat, offsets): flat [nnz] int64 item codes, offsets [rows + 1] int64."""
+
+import torch
+from torch import Tensor
+
+
+def row_ids(offsets: Tensor) -> Tensor:
+    """The row of every entry of flat: [nnz] int64."""
+    lengths = offsets.diff()
+    return torch.repeat_interleave(torch.arange(lengths.numel(), device=offsets.device), lengths)
+
+
+def take(flat: Tensor, offsets: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """The given rows, in the given order, as a new (flat, offsets)."""
+    starts, lengths = offsets[rows], offsets[rows + 1] - offsets[rows]
+    out = torch.zeros(rows.numel() + 1, dtype=torch.int64, device=flat.device)
+    torch.cumsum(lengths, 0, out=out[1:])
+    source = torch.arange(int(out[-1]), device=flat.device) + torch.repeat_interleave(starts - out[:-1], lengths)
+    return flat[source], out
+
+
+def multi_hot(flat: Tensor, offsets: Tensor, n_items: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """[rows, n_items] of zeros and ones; an item that stands twice in a row counts once."""
+    dense = torch.zeros(offsets.numel() - 1, n_items, dtype=dtype, device=flat.device)
+    dense[row_ids(offsets), flat] = 1
+    return dense
+
+
+def pad_left(flat: Tensor, offsets: Tensor, length: int) -> Tensor:
+    """[rows, length] int64: the last `length` entries of every row, as code + 1, with 0 for padding on the left."""
+    rows = row_ids(offsets)
+    from_end = offsets[1:][rows] - torch.arange(flat.numel(), device=flat.device)
+    inside = from_end <= length
+    padded = torch.zeros(offsets.numel() - 1, length, dtype=torch.int64, device=flat.device)
+    padded[rows[inside], length - from_end[inside]] = flat[inside] + 1
+    return padded
