@@ -1,0 +1,138 @@
+"""Checkpoints: one folder, replaced as a whole; weights in safetensors, the rest in plain tensors and numbers."""
+
+import importlib
+import json
+import os
+import shutil
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import nn
+
+FORMAT = 1
+
+
+def need(module: str, purpose: str, extra: str) -> ModuleType:
+    """Imports an optional dependency. Raises ImportError saying which extra brings it."""
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name != module.partition(".")[0]:
+            raise
+        raise ImportError(f"{purpose} needs {error.name}: pip install 'sae-kernels[{extra}]'") from None
+
+
+def save_sae(sae: nn.Module, path: str | os.PathLike) -> None:
+    """Writes config.json and model.safetensors of a TopKSAE into the folder `path`, replacing an older one whole."""
+    write_folder(Path(path), sae, None)
+
+
+def load_sae(path: str | os.PathLike, device: torch.device | str = "cpu") -> nn.Module:
+    """The TopKSAE in the folder `path`, in eval mode.
+
+    Raises FileNotFoundError where there is none, ValueError that names what does not fit.
+    """
+    from ..nn import TopKSAE
+
+    folder = find_folder(Path(path))
+    config = read_config(folder)
+    sae = TopKSAE(**config["sae"], device=device, dtype=getattr(torch, config["dtype"]))
+    load_weights(sae, folder)
+    return sae.eval()
+
+
+def find_folder(path: Path) -> Path:
+    """`path`, or its predecessor where a write was cut between its two renames."""
+    for folder in (path, _beside(path, "old")):
+        if (folder / "config.json").is_file():
+            return folder
+    raise FileNotFoundError(f"{path}: no checkpoint there (no config.json)")
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    try:
+        config = json.loads((folder / "config.json").read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{folder / 'config.json'} is not JSON: {error}") from None
+    if not isinstance(config, dict) or config.get("format") != FORMAT:
+        raise ValueError(f"{folder / 'config.json'} is not a sae_kernels checkpoint of format {FORMAT}")
+    return config
+
+
+def load_weights(sae: nn.Module, folder: Path) -> None:
+    """Strict: raises ValueError naming the missing keys, the unexpected keys and the shapes that differ."""
+    safetensors = need("safetensors.torch", "reading a checkpoint", "train")
+    found = safetensors.load_file(folder / "model.safetensors")
+    extra = read_config(folder).get("extra_state", {})
+    wanted = {key: value for key, value in sae.state_dict().items() if isinstance(value, torch.Tensor)}
+    problems = [
+        f"{label}: {', '.join(sorted(keys))}"
+        for label, keys in (("missing keys", wanted.keys() - found.keys()), ("unexpected keys", found.keys() - wanted.keys()))
+        if keys
+    ]
+    problems += [
+        f"{key} is {tuple(found[key].shape)} in the checkpoint and {tuple(wanted[key].shape)} in the module"
+        for key in sorted(wanted.keys() & found.keys())
+        if found[key].shape != wanted[key].shape
+    ]
+    if problems:
+        raise ValueError(f"checkpoint {folder} does not fit: {'; '.join(problems)}")
+    try:
+        sae.load_state_dict({**found, **extra}, strict=True)
+    except RuntimeError as error:
+        raise ValueError(f"checkpoint {folder} does not fit: {error}") from None
+
+
+def write_folder(path: Path, sae: nn.Module, training: dict[str, Any] | None) -> None:
+    """Writes the folder beside `path`, syncs it, then renames it into place: a reader sees the old one or the new one."""
+    safetensors = need("safetensors.torch", "writing a checkpoint", "train")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists() and any(path.iterdir()) and not (path / "config.json").is_file():
+        raise FileExistsError(f"{path}: holds something that is no checkpoint; it is not replaced")
+    fresh, old = _beside(path, f"new{os.getpid()}"), _beside(path, "old")
+    shutil.rmtree(fresh, ignore_errors=True)
+    fresh.mkdir()
+    state = sae.state_dict()
+    tensors = {key: value.detach().contiguous() for key, value in state.items() if isinstance(value, torch.Tensor)}
+    safetensors.save_file(tensors, fresh / "model.safetensors")
+    if training is not None:
+        torch.save(training, fresh / "training.pt")
+    config = {
+        "format": FORMAT,
+        "sae": sae.config(),
+        "dtype": str(next(sae.parameters()).dtype).removeprefix("torch."),
+        "extra_state": {key: value for key, value in state.items() if not isinstance(value, torch.Tensor)},
+    }
+    (fresh / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    for file in fresh.iterdir():
+        _sync(file)
+    _sync(fresh)
+    if path.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        os.replace(path, old)
+    os.replace(fresh, path)
+    _sync(path.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def read_training(folder: Path) -> dict[str, Any]:
+    file = folder / "training.pt"
+    if not file.is_file():
+        raise ValueError(f"{folder}: a finished module, not a training run (no training.pt); it cannot be resumed")
+    return torch.load(file, map_location="cpu", weights_only=True)
+
+
+def _beside(path: Path, suffix: str) -> Path:
+    return path.with_name(f".{path.name}.{suffix}")
+
+
+def _sync(path: Path) -> None:
+    if os.name == "nt" and path.is_dir():
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,419 @@
+"""The training loop: what each option does, exact resumption from every source, checkpoints that fit or say why not."""
+
+import json
+import os
+import signal
+
+import pytest
+import torch
+from torch import nn
+
+import sae_kernels as sk
+from sae_kernels.eval.reconstruction import evaluate_reconstruction
+from sae_kernels.train import Interrupted, fit, from_model, load_sae, save_sae
+from sae_kernels.train.loop import _Plan
+from sae_kernels.train.sources import CallableSource, IteratorSource, TensorSource, as_source, mix_seed
+
+D_IN, D_SAE, K = 8, 32, 4
+
+
+@pytest.fixture(scope="module")
+def data():
+    """Sparse mixtures of 16 directions: a SAE has something to find."""
+    g = torch.Generator().manual_seed(3)
+    atoms = torch.nn.functional.normalize(torch.randn(16, D_IN, generator=g), dim=1)
+    weights = torch.rand(512, 16, generator=g) * (torch.rand(512, 16, generator=g) < 0.15)
+    return weights @ atoms
+
+
+def new_sae(**options):
+    torch.manual_seed(1)
+    return sk.TopKSAE(D_IN, D_SAE, K, **options)
+
+
+def run(source, sae=None, **options):
+    sae = new_sae() if sae is None else sae
+    settings = {"steps": 24, "batch_size": 64, "log_every": 5, "progress": False, **options}
+    return sae, fit(sae, source, **settings)
+
+
+def assert_same(a, b):
+    for key, value in a.state_dict().items():
+        if isinstance(value, torch.Tensor):
+            assert torch.equal(value, b.state_dict()[key]), key
+
+
+class Counter:
+    """An iterator whose place can be kept; raises KeyboardInterrupt once, before batch number `cut`."""
+
+    def __init__(self, data, cut=None):
+        self.data, self.cut, self.n = data, cut, 0
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        if self.n == self.cut:
+            self.cut = None
+            raise KeyboardInterrupt
+        self.n += 1
+        return self.data[torch.randperm(len(self.data), generator=torch.Generator().manual_seed(self.n))[:64]]
+
+    def state_dict(self):
+        return {"n": self.n}
+
+    def load_state_dict(self, state):
+        self.n = state["n"]
+
+
+class Batches:
+    """The same batches at every pass, with no way to keep a place in them."""
+
+    def __init__(self, data, cut=None):
+        self.data, self.cut, self.drawn = data, cut, 0
+
+    def __iter__(self):
+        for part in self.data.split(100):
+            if self.drawn == self.cut:
+                self.cut = None
+                raise KeyboardInterrupt
+            self.drawn += 1
+            yield part
+
+
+def test_training_learns(data):
+    sae = new_sae(normalize="standardize")
+    before = evaluate_reconstruction(sae, data)["fvu"]
+    _, result = run(data, sae, steps=400, lr=3e-3)
+    after = evaluate_reconstruction(sae, data)["fvu"]
+    assert after < 0.5 * before
+    assert result.steps == 400 and result.stopped == "finished" and result.seconds > 0
+    norms = sae.W_dec.detach().norm(dim=1)
+    torch.testing.assert_close(norms, torch.ones_like(norms), atol=1e-5, rtol=0)
+
+
+def test_history_rows(data):
+    rows = []
+    _, result = run(data, log=rows.append)
+    assert [row["step"] for row in rows] == [5, 10, 15, 20, 24]
+    assert rows == result.history
+    assert set(rows[0]) == {"step", "loss", "fvu", "aux", "l0", "dead_share", "lr"}
+    assert 0 < rows[0]["l0"] <= K and 0 <= rows[0]["dead_share"] <= 1
+    assert rows[-1]["fvu"] < rows[0]["fvu"]
+
+
+def test_same_seed_same_bits_and_other_seed_other_bits(data):
+    torch.manual_seed(99)
+    state = torch.get_rng_state()
+    a, first = run(data, seed=5)
+    torch.rand(7)
+    b, second = run(data, seed=5)
+    c, _ = run(data, seed=6)
+    assert_same(a, b)
+    assert first.history == second.history
+    assert not torch.equal(a.W_enc, c.W_enc)
+    torch.set_rng_state(state)
+    run(data, new_sae_without_seed())
+    assert torch.equal(torch.get_rng_state(), state), "the caller's random state is left as it was"
+
+
+def new_sae_without_seed():
+    with torch.random.fork_rng():
+        return new_sae()
+
+
+@pytest.mark.parametrize(
+    "option", [{"lr": 2e-3}, {"betas": (0.5, 0.9)}, {"warmup": 0.5}, {"decay": 0.9}, {"clip": 1e-3}, {"batch_size": 32}]
+)
+def test_every_option_changes_the_result(data, option):
+    a, _ = run(data)
+    b, _ = run(data, **option)
+    assert not torch.equal(a.W_enc, b.W_enc)
+
+
+def test_schedule():
+    plan = _Plan(100, 1, 1.0, (0.9, 0.999), 0.1, 0.2, None, 0, 1, None, None, "")
+    factors = [plan.factor(step) for step in range(101)]
+    assert factors[0] == pytest.approx(0.1) and factors[9] == 1 and factors[80] == 1
+    assert factors[90] == pytest.approx(0.5) and factors[99] == pytest.approx(0.05) and factors[100] == 0
+    flat = _Plan(100, 1, 1.0, (0.9, 0.999), 0.0, 0.0, None, 0, 1, None, None, "")
+    assert {flat.factor(step) for step in range(101)} == {1.0}
+
+
+def test_tensor_epochs_are_exact():
+    x = torch.arange(10.0)[:, None]
+    source = TensorSource(x, 4, seed=1)
+    drawn = torch.cat([source.next() for _ in range(5)])[:, 0]
+    assert sorted(drawn[:10].tolist()) == sorted(drawn[10:].tolist()) == list(range(10))
+    assert drawn[:10].tolist() != drawn[10:].tolist()
+    again = TensorSource(x, 4, seed=1)
+    again.load_state_dict({"drawn": 8})
+    assert torch.equal(again.next()[:, 0], drawn[8:12])
+    assert TensorSource(x, 4096).next().shape == (10, 1)
+
+
+def test_seeds_are_mixed():
+    assert len({mix_seed(seed, step) for seed in range(100) for step in range(100)}) == 10000
+
+
+class Model(nn.Module):
+    """Token ids [B, T] -> [B, T, D_IN] at `body`; id 0 is padding."""
+
+    def __init__(self):
+        super().__init__()
+        g = torch.Generator().manual_seed(0)
+        self.body = nn.Embedding(50, D_IN, _weight=torch.randn(50, D_IN, generator=g))
+
+    def forward(self, ids):
+        return self.body(ids).sum(1)
+
+
+def token_batch(step, generator):
+    ids = torch.randint(1, 50, (16, 6), generator=generator)
+    ids[:, : step % 3] = 0
+    return ids
+
+
+def sources(data):
+    return {
+        "tensor": lambda cut: data,
+        "iterator with a place": lambda cut: Counter(data, cut),
+        "iterable": lambda cut: Batches(data, cut),
+        "callable": lambda cut: lambda step, g: data[torch.randint(len(data), (64,), generator=g)],
+        "model": lambda cut: from_model(
+            Model(), "body", token_batch, mask=lambda ids: ids != 0, batch_size=64, buffer_batches=3, seed=2
+        ),
+    }
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("kind", ["tensor", "iterator with a place", "iterable", "callable", "model"])
+@pytest.mark.parametrize("at", [6, 10])
+def test_a_killed_run_resumes_bit_for_bit(data, tmp_path, kind, at):
+    make = sources(data)[kind]
+    whole, expected = run(make(None))
+
+    def kill(row):
+        if row["step"] >= 15:
+            raise Killed
+
+    with pytest.raises(Killed):
+        run(make(None), checkpoint=tmp_path / "run", checkpoint_every=at, log=kill)
+    torch.rand(3)
+    resumed, result = run(make(None), new_sae(), checkpoint=tmp_path / "run", resume=True)
+    assert_same(whole, resumed)
+    assert result.history == expected.history
+    assert result.steps == 24
+
+
+@pytest.mark.parametrize("kind", ["iterator with a place", "iterable"])
+def test_ctrl_c_leaves_a_checkpoint_that_resumes(data, tmp_path, kind):
+    make = sources(data)[kind]
+    whole, expected = run(make(None))
+    with pytest.raises(Interrupted, match="interrupted after step 7; .*run resumes it") as caught:
+        run(make(7), checkpoint=tmp_path / "run")
+    assert caught.value.step == 7 and isinstance(caught.value, KeyboardInterrupt)
+    resumed, result = run(make(None), new_sae(), checkpoint=tmp_path / "run", resume=True)
+    assert_same(whole, resumed)
+    assert result.history == expected.history
+
+
+def test_a_real_signal_waits_for_the_step(data, tmp_path):
+    whole, _ = run(data)
+
+    def press(row):
+        if row["step"] == 10:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.raises(Interrupted) as caught:
+        run(data, checkpoint=tmp_path / "run", log=press)
+    assert caught.value.step == 10
+    assert signal.getsignal(signal.SIGINT) is handler
+    resumed, _ = run(data, new_sae(), checkpoint=tmp_path / "run", resume=True)
+    assert_same(whole, resumed)
+    with pytest.raises(Interrupted, match="no checkpoint was asked for"):
+        run(data, log=press)
+
+
+def test_resuming_with_other_settings_names_them(data, tmp_path):
+    run(data, checkpoint=tmp_path / "run")
+    with pytest.raises(ValueError, match=r"lr was 0.001 and is 0.01; seed was 0 and is 3"):
+        run(data, checkpoint=tmp_path / "run", resume=True, lr=0.01, seed=3)
+    with pytest.raises(ValueError, match=r"source was 'tensor \(512, 8\)' and is 'tensor \(511, 8\)'"):
+        run(data[1:], checkpoint=tmp_path / "run", resume=True)
+    with pytest.raises(FileNotFoundError, match="no checkpoint there"):
+        run(data, checkpoint=tmp_path / "elsewhere", resume=True)
+    save_sae(new_sae(), tmp_path / "module")
+    with pytest.raises(ValueError, match="a finished module, not a training run"):
+        run(data, checkpoint=tmp_path / "module", resume=True)
+
+
+def test_resuming_a_finished_run_changes_nothing(data, tmp_path):
+    whole, expected = run(data, checkpoint=tmp_path / "run")
+    again, result = run(data, new_sae(), checkpoint=tmp_path / "run", resume=True)
+    assert_same(whole, again)
+    assert result.history == expected.history
+
+
+def test_validation_stops_early_and_keeps_the_best(data, tmp_path):
+    scores = iter([0.5, 0.4, 0.45, 0.41, 0.3])
+    kept = {}
+
+    def validate(sae):
+        assert not sae.training
+        score = next(scores)
+        kept[score] = sae.W_enc.detach().clone()
+        return score
+
+    sae, result = run(data, validate=validate, validate_every=3, patience=2, checkpoint=tmp_path / "run")
+    assert result.stopped == "early stopping" and result.steps == 12 and result.best == 0.4
+    assert torch.equal(sae.W_enc, kept[0.4]) and not torch.equal(kept[0.4], kept[0.41])
+    assert [row["validation"] for row in result.history if "validation" in row] == [0.5, 0.4, 0.45, 0.41]
+    with pytest.raises(ValueError, match="need validate"):
+        run(data, patience=2)
+
+
+def test_validation_on_a_tensor_is_its_fvu(data):
+    sae, result = run(data[100:], steps=20, validate=data[:100], validate_every=20)
+    assert result.history[-1]["validation"] == pytest.approx(evaluate_reconstruction(sae, data[:100])["fvu"], rel=1e-12)
+
+
+def test_early_stopping_resumes_exactly(data, tmp_path):
+    options = {"validate": data[:64], "validate_every": 4, "patience": 3}
+    whole, expected = run(data, **options)
+
+    def kill(row):
+        if row["step"] >= 16:
+            raise Killed
+
+    with pytest.raises(Killed):
+        run(data, checkpoint=tmp_path / "run", checkpoint_every=6, log=kill, **options)
+    resumed, result = run(data, new_sae(), checkpoint=tmp_path / "run", resume=True, **options)
+    assert_same(whole, resumed)
+    assert (result.history, result.best) == (expected.history, expected.best)
+
+
+def test_masked_positions_never_enter():
+    source = from_model(Model(), "body", token_batch, mask=lambda ids: ids != 0, batch_size=64, buffer_batches=2)
+    rows = torch.cat([source.next() for _ in range(30)])
+    table = source.model.body.weight.detach()
+    assert not (rows == table[0]).all(1).any()
+    assert (rows[:, None] == table[1:]).all(2).any(1).all(), "every row is a real position"
+    unmasked = from_model(Model(), "body", token_batch, batch_size=64, buffer_batches=2)
+    assert (torch.cat([unmasked.next() for _ in range(30)]) == table[0]).all(1).any()
+
+
+def test_model_source_mode_and_dry_mask():
+    model = Model().train()
+    source = from_model(model, "body", [torch.ones(2, 3, dtype=torch.int64)], mask=lambda ids: ids == 0, batch_size=4)
+    with pytest.raises(ValueError, match="1000 batches in a row left no activation at 'body'"):
+        source.next()
+    assert model.training
+
+
+def test_progress_bar(data, capsys):
+    run(data, progress=True)
+    shown = capsys.readouterr().err
+    assert "24/24" in shown and "fvu=" in shown and "dead_share=" in shown
+    run(data, progress=False)
+    assert capsys.readouterr().err == ""
+
+
+def test_save_and_load(tmp_path, data):
+    sae = new_sae(normalize="global", activation="abs", k_aux=3, aux_coef=0.1, dead_after=77)
+    sae.fit_normalizer(data)
+    run(data, sae)
+    save_sae(sae, tmp_path / "sae")
+    save_sae(sae, tmp_path / "sae")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["sae"]
+    loaded = load_sae(tmp_path / "sae")
+    assert_same(sae, loaded)
+    assert not loaded.training
+    assert torch.equal(loaded(data), sae.eval()(data))
+    assert (loaded.k, loaded.k_aux, loaded.aux_coef, loaded.dead_after) == (sae.k, 3, 0.1, 77)
+    half = new_sae(dtype=torch.bfloat16)
+    save_sae(half, tmp_path / "half")
+    assert load_sae(tmp_path / "half").W_enc.dtype == torch.bfloat16
+
+
+def test_a_run_loads_as_a_module(tmp_path, data):
+    sae, _ = run(data, checkpoint=tmp_path / "run")
+    assert_same(sae, load_sae(tmp_path / "run"))
+
+
+def test_a_write_cut_between_its_renames_is_found(tmp_path):
+    sae = new_sae()
+    save_sae(sae, tmp_path / "sae")
+    (tmp_path / "sae").rename(tmp_path / ".sae.old")
+    assert_same(sae, load_sae(tmp_path / "sae"))
+    save_sae(sae, tmp_path / "sae")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["sae"]
+
+
+def test_checkpoints_that_do_not_fit(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    with pytest.raises(FileNotFoundError, match="no checkpoint there"):
+        load_sae(tmp_path / "nothing")
+    save_sae(new_sae(), tmp_path / "sae")
+    weights = load_file(tmp_path / "sae" / "model.safetensors")
+    weights["surplus"] = weights.pop("b_dec")
+    save_file(weights, tmp_path / "sae" / "model.safetensors")
+    with pytest.raises(ValueError, match="missing keys: b_dec; unexpected keys: surplus"):
+        load_sae(tmp_path / "sae")
+    save_sae(new_sae(), tmp_path / "sae")
+    config = json.loads((tmp_path / "sae" / "config.json").read_text())
+    config["sae"]["d_sae"] = 33
+    (tmp_path / "sae" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"W_enc is \(32, 8\) in the checkpoint and \(33, 8\) in the module"):
+        load_sae(tmp_path / "sae")
+    (tmp_path / "sae" / "config.json").write_text("{")
+    with pytest.raises(ValueError, match="is not JSON"):
+        load_sae(tmp_path / "sae")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("x")
+    with pytest.raises(FileExistsError, match="holds something that is no checkpoint"):
+        save_sae(new_sae(), tmp_path / "mine")
+    assert (tmp_path / "mine" / "thesis.tex").read_text() == "x"
+
+
+@pytest.mark.parametrize(
+    "option, message",
+    [
+        ({"steps": 0}, "steps must be an int of at least 1, got 0"),
+        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"log_every": 1.5}, "log_every must be an int of at least 1, got 1.5"),
+        ({"lr": 0.0}, "lr must be above 0"),
+        ({"warmup": 1.5}, "warmup is a share of the steps"),
+        ({"decay": -0.1}, "decay is a share of the steps"),
+        ({"clip": 0}, "clip must be above 0"),
+        ({"resume": True}, "need checkpoint"),
+        ({"checkpoint_every": 0, "checkpoint": "x"}, "checkpoint_every must be at least 1"),
+    ],
+)
+def test_bad_settings(data, option, message):
+    with pytest.raises(ValueError, match=message):
+        run(data, **option)
+
+
+def test_bad_sources(data):
+    with pytest.raises(TypeError, match="source must be a tensor .* got int"):
+        run(3)
+    with pytest.raises(ValueError, match="at least one row"):
+        run(torch.zeros(0, D_IN))
+    with pytest.raises(TypeError, match="floating-point"):
+        run(torch.zeros(4, D_IN, dtype=torch.int64))
+    with pytest.raises(ValueError, match="source is empty"):
+        run([])
+    with pytest.raises(ValueError, match="source ended after 2 batches"):
+        run(iter([data[:10], data[10:20]]))
+    with pytest.raises(ValueError, match=r"9"):
+        run(torch.zeros(4, 9))
+    with pytest.raises(FloatingPointError, match="the loss is nan before step 5"):
+        run(data * float("nan"))
+    assert isinstance(as_source(lambda step, g: data, 1, 0), CallableSource)
+    assert isinstance(as_source([data], 1, 0), IteratorSource)
