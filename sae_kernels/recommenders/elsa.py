@@ -1,0 +1,84 @@
+"""ELSA, a linear shallow autoencoder for collaborative filtering (Vancura et al. 2022): scores = x A A^T - x."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import embedding_bag, normalize
+
+from ._bags import row_ids
+
+
+class ELSAEncoder(nn.Module):
+    """x [B, n_items], or bags (flat, offsets [B + 1]) -> user embeddings x A [B, d], rows of A of unit norm."""
+
+    def __init__(self, n_items: int, d: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(nn.init.xavier_uniform_(torch.empty(n_items, d)))
+
+    def items(self) -> Tensor:
+        """A [n_items, d]: the unit-norm item embeddings."""
+        return normalize(self.weight, dim=1)
+
+    def forward(self, x: Tensor, offsets: Tensor | None = None) -> Tensor:
+        n_items = self.weight.shape[0]
+        if offsets is not None:
+            return embedding_bag(x, self.items(), offsets, mode="sum", include_last_offset=True)
+        if x.dim() == 0 or x.shape[-1] != n_items:
+            raise ValueError(f"ELSA: x {tuple(x.shape)} must end in n_items = {n_items}")
+        return x @ self.items()
+
+
+class ELSADecoder(nn.Module):
+    """h [..., d] -> h A^T [..., n_items], with the A of the encoder."""
+
+    def __init__(self, encoder: ELSAEncoder) -> None:
+        super().__init__()
+        # in a tuple the encoder is no submodule: the weight has one name in the state dict, and deepcopy keeps the tie
+        self._encoder = (encoder,)
+
+    def forward(self, h: Tensor) -> Tensor:
+        return h @ self._encoder[0].items().T
+
+
+class ELSA(nn.Module):
+    """forward(x [B, n_items]) -> scores [B, n_items] = decoder(encoder(x)) - x.
+
+    The user embedding is the output of the module "encoder". Without the "- x" an item of the history would score itself.
+    """
+
+    hook_point = "encoder"
+
+    def __init__(self, n_items: int, d: int = 256) -> None:
+        super().__init__()
+        if n_items < 1 or d < 1:
+            raise ValueError(f"ELSA: n_items and d must be at least 1, got {n_items} and {d}")
+        self.n_items, self.d = n_items, d
+        self.encoder = ELSAEncoder(n_items, d)
+        self.decoder = ELSADecoder(self.encoder)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.decoder(self.encoder(x)) - x
+
+    def encode_histories(self, flat: Tensor, offsets: Tensor) -> Tensor:
+        """Bags (flat [nnz], offsets [B + 1]) -> [B, d]; the multi-hot rows are never built. An empty history gives zeros."""
+        return self.encoder(flat, offsets)
+
+    def score_histories(self, flat: Tensor, offsets: Tensor) -> Tensor:
+        """Bags -> scores [B, n_items], as forward on their multi-hot rows."""
+        scores = self.decoder(self.encoder(flat, offsets))
+        return scores.index_put((row_ids(offsets), flat), scores.new_tensor(-1.0), accumulate=True)
+
+    def training_loss(self, flat: Tensor, offsets: Tensor) -> Tensor:
+        """Mean over the rows of |p / |p| - x / |x||^2 with p = x A A^T - x; empty rows count nowhere.
+
+        With h = x A and n = |x|^2 the product p . x is |h|^2 - n and |p|^2 is h A^T A h^T - 2 |h|^2 + n, so the loss is
+        exact from h and the d x d matrix A^T A alone. The items of a row must be distinct.
+        """
+        A = self.encoder.items()
+        h = embedding_bag(flat, A, offsets, mode="sum", include_last_offset=True)
+        n = offsets.diff().to(h.dtype)
+        energy = h.square().sum(1)
+        dot = energy - n
+        norm = ((h @ (A.T @ A) * h).sum(1) - 2 * energy + n).clamp_min(1e-12).sqrt()
+        cosine = dot / (norm * n.clamp_min(1).sqrt())
+        filled = (n > 0).to(h.dtype)
+        return ((2 - 2 * cosine) * filled).sum() / filled.sum().clamp_min(1)
