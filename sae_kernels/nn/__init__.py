@@ -1,0 +1,6 @@
+from .code import SparseCode
+from .loss import SAELoss, squared_error, total_variance
+from .normalize import NORMALIZERS, Normalizer
+from .sae import TopKSAE
+
+__all__ = ["NORMALIZERS", "Normalizer", "SAELoss", "SparseCode", "TopKSAE", "squared_error", "total_variance"]

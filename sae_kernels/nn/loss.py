@@ -1,0 +1,118 @@
+"""The reconstruction loss and AuxK, without row-sized temporaries and without a host sync."""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..ops import sparse_decode, topk_encode
+from ..ops.reference import accumulator
+from .code import SparseCode
+
+_BLOCK_ELEMENTS = 2**20
+
+
+class SAELoss(NamedTuple):
+    """loss = mse + aux_coef * aux; mse: the fraction of variance unexplained; l0: the latents that fire per row."""
+
+    loss: Tensor
+    mse: Tensor
+    aux: Tensor
+    l0: Tensor
+    code: SparseCode
+
+
+def _blocks(x: Tensor) -> Iterator[slice]:
+    """Row ranges of about 4 MiB of float32; one range in a compiled graph, which fuses and holds no temporaries."""
+    if torch.compiler.is_compiling():
+        yield slice(None)
+        return
+    step = max(1, _BLOCK_ELEMENTS // max(1, x.shape[-1]))
+    for start in range(0, x.shape[0], step):
+        yield slice(start, start + step)
+
+
+def _weighted_square(difference: Tensor, weight: Tensor | None) -> Tensor:
+    # row by row first: the order of summation is then the same for any number of threads
+    rows = difference.square().sum(-1)
+    return rows.sum() if weight is None else (rows * weight).sum()
+
+
+class _SquaredError(torch.autograd.Function):
+    """sum of weight * (y - x)^2; keeps y and x, which live anyway, and nothing else of their size."""
+
+    @staticmethod
+    def forward(y, x, weight):
+        acc = accumulator(y.dtype)
+        total = torch.zeros((), dtype=acc, device=y.device)
+        for block in _blocks(y):
+            difference = y[block].to(acc) - x[block].to(acc)
+            total = total + _weighted_square(difference, None if weight is None else weight[block])
+        return total
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        y, x, weight = ctx.saved_tensors
+        factor = 2 * grad if weight is None else (2 * grad * weight).unsqueeze(-1)
+        dy = (y - x).mul_(factor)
+        return dy if ctx.needs_input_grad[0] else None, -dy if ctx.needs_input_grad[1] else None, None
+
+
+def squared_error(y: Tensor, x: Tensor, weight: Tensor | None = None) -> Tensor:
+    """sum_n weight[n] * |y[n] - x[n]|^2 of y, x [N, d], in float32 or wider; weight [N] or None for 1."""
+    return _SquaredError.apply(y, x, weight)
+
+
+@torch.no_grad()
+def total_variance(x: Tensor, weight: Tensor | None = None) -> Tensor:
+    """sum_n weight[n] * |x[n] - mean|^2 of x [N, d].
+
+    Where that is 0 but for rounding (one row, equal rows) the sum of squares about zero, and 1 where that is 0 as well:
+    the result can always be divided by.
+    """
+    acc = accumulator(x.dtype)
+    zero = torch.zeros((), dtype=acc, device=x.device)
+    mass, total = zero + x.shape[0] if weight is None else weight.sum(), torch.zeros_like(x[:0].sum(0, dtype=acc))
+    for block in _blocks(x):
+        part = x[block].to(acc)
+        total = total + (part if weight is None else part * weight[block].unsqueeze(-1)).sum(0)
+    mean = total / torch.where(mass > 0, mass, 1)
+    variance = zero
+    for block in _blocks(x):
+        variance = variance + _weighted_square(x[block].to(acc) - mean, None if weight is None else weight[block])
+    about_zero = variance + mass * mean.square().sum()
+    variance = torch.where(variance > 64 * torch.finfo(acc).eps * about_zero, variance, about_zero)
+    return torch.where(variance > 0, variance, 1)
+
+
+def auxk_loss(
+    x: Tensor,
+    residual: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    W_dec: Tensor,
+    candidates: Tensor,
+    dead: Tensor,
+    k: int,
+    activation: str,
+    weight: Tensor | None,
+) -> Tensor:
+    """How much of the residual the dead latents leave: |e - e_hat|^2 / |e|^2 (AuxK of Gao et al. 2024).
+
+    x, residual [N, d_in], taken as constants; candidates [m] latents, dead [m] bool says which of them count; k <= m.
+    Gradient goes to the dead candidates' rows of W_enc, b_enc and W_dec alone; exactly 0, with gradient 0, where none is
+    dead.
+    """
+    values, indices = topk_encode(
+        x.detach(), W_enc[candidates], b_enc[candidates], k, activation=activation, latent_mask=dead
+    )
+    residual = residual.detach()
+    left = squared_error(sparse_decode(values, indices, W_dec[candidates]), residual, weight)
+    energy = squared_error(torch.zeros_like(residual), residual, weight)
+    return torch.where(dead.any(), left / torch.where(energy > 0, energy, 1), 0)

@@ -1,0 +1,303 @@
+"""TopKSAE: a sparse autoencoder that keeps the k strongest latents of every row."""
+
+import json
+
+import torch
+from torch import Tensor, nn
+
+from ..ops import _checks, sparse_decode, topk_encode
+from ..ops.reference import accumulator
+from ..ops.topk_encode import ACTIVATIONS
+from .code import SparseCode
+from .constrain import ConstraintHandle, normalize_rows_, project_rows_
+from .loss import SAELoss, auxk_loss, squared_error, total_variance
+from .normalize import Normalizer
+
+
+class TopKSAE(nn.Module):
+    """x_hat = decode(topk(activation(W_enc (norm(x) - b_dec) + b_enc))), undone by the same norm.
+
+    W_enc, W_dec [d_sae, d_in], a row per latent; b_enc [d_sae]; b_dec [d_in]. Rows of W_dec have unit norm at the start;
+    call `constrain(optimizer)` once to keep them so. tied_init: W_enc starts as a copy of W_dec, else Kaiming, independent
+    of it. activation: "relu", "none" or "abs". normalize: see Normalizer; "global" needs `fit_normalizer(x)` first.
+
+    A latent is dead after `dead_after` rows of training without firing. AuxK, weighed by aux_coef (0 switches it off), lets
+    up to k_aux dead latents per row explain the residual (default: half of d_in, at most 512), among the quarter of the
+    width that has been silent longest, on the first aux_rows rows of the batch: its cost is bounded whatever the batch.
+
+    x of any leading dimensions and any floating dtype; it is computed in the parameters' dtype and returned in its own.
+    Raises TypeError or ValueError naming the argument.
+    """
+
+    def __init__(
+        self,
+        d_in: int,
+        d_sae: int,
+        k: int,
+        *,
+        activation: str = "relu",
+        normalize: str = "none",
+        tied_init: bool = True,
+        k_aux: int | None = None,
+        aux_coef: float = 1 / 32,
+        aux_rows: int = 2048,
+        dead_after: int = 100_000,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        _check_sizes(d_in, d_sae, k, k_aux, aux_rows, dead_after)
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"TopKSAE: activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+        if not aux_coef >= 0:
+            raise ValueError(f"TopKSAE: aux_coef must be at least 0, got {aux_coef}")
+        self.d_in, self.d_sae, self.k, self.activation = d_in, d_sae, k, activation
+        self.k_aux = min(512, max(1, d_in // 2), d_sae) if k_aux is None else k_aux
+        self.aux_coef, self.aux_rows, self.dead_after = aux_coef, aux_rows, dead_after
+        self.W_enc = nn.Parameter(torch.empty(d_sae, d_in, device=device, dtype=dtype))
+        self.b_enc = nn.Parameter(torch.zeros(d_sae, device=device, dtype=dtype))
+        self.W_dec = nn.Parameter(torch.empty(d_sae, d_in, device=device, dtype=dtype))
+        self.b_dec = nn.Parameter(torch.zeros(d_in, device=device, dtype=dtype))
+        _checks.floating("TopKSAE", dtype=self.W_dec)
+        self.normalizer = Normalizer(normalize, d_in, device=device, dtype=dtype)
+        self.register_buffer("rows_since_fired", torch.zeros(d_sae, dtype=torch.int64, device=device))
+        self._init_weights(tied_init, generator)
+
+    @torch.no_grad()
+    def _init_weights(self, tied: bool, generator: torch.Generator | None) -> None:
+        self.W_dec.normal_(generator=generator)
+        normalize_rows_(self.W_dec)
+        if tied:
+            self.W_enc.copy_(self.W_dec)
+        else:
+            nn.init.kaiming_uniform_(self.W_enc, a=5**0.5, generator=generator)
+
+    def extra_repr(self) -> str:
+        return f"d_in={self.d_in}, d_sae={self.d_sae}, k={self.k}, activation={self.activation!r}"
+
+    @property
+    def normalize(self) -> str:
+        """The name of the input normaliser."""
+        return self.normalizer.name
+
+    @property
+    def dead(self) -> Tensor:
+        """[d_sae] bool: the latents that have not fired for more than dead_after rows of training."""
+        return self.rows_since_fired > self.dead_after
+
+    def fit_normalizer(self, x: Tensor) -> None:
+        """Sets the "global" normaliser's mean and scale from x [..., d_in]; ValueError for any other normaliser."""
+        self._check_input(x)
+        self.normalizer.fit(x)
+
+    @torch.no_grad()
+    def init_b_dec(self, x: Tensor, method: str = "mean") -> None:
+        """Sets b_dec to the "mean" or the "geometric_median" of the normalised x [..., d_in]."""
+        self._check_input(x)
+        if method not in ("mean", "geometric_median"):
+            raise ValueError(f"init_b_dec: method must be mean or geometric_median, got {method!r}")
+        rows = self.normalizer(x.reshape(-1, self.d_in))[0].double()
+        if rows.shape[0] == 0:
+            raise ValueError(f"init_b_dec: x {tuple(x.shape)} has no rows")
+        self.b_dec.copy_(rows.mean(0) if method == "mean" else _geometric_median(rows))
+
+    def encode(self, x: Tensor) -> SparseCode:
+        """x [..., d_in] -> the code of its k strongest latents, values in x's dtype, strongest first."""
+        self._check_input(x)
+        normalized, offset, scale = self.normalizer(x)
+        values, indices = self._choose(normalized.to(self.W_enc.dtype))
+        return SparseCode(values.to(x.dtype), indices, self.d_sae, offset, scale)
+
+    def decode(self, code: SparseCode) -> Tensor:
+        """The code, edited or not -> x_hat [..., d_in] in the space of x and the dtype of code.values."""
+        self._check_code(code)
+        y = sparse_decode(code.values.to(self.W_dec.dtype), code.indices, self.W_dec, self.b_dec)
+        if code.scale is not None:
+            y = y.to(code.scale.dtype) * code.scale
+        return (y if code.offset is None else y + code.offset).to(code.values.dtype)
+
+    def decode_difference(self, edited: SparseCode, code: SparseCode) -> Tensor:
+        """decode(edited) - decode(code) [..., d_in], without the rounding of what they share.
+
+        Where `edited` keeps code.indices, rows whose values are untouched come out as exactly 0.
+        """
+        self._check_code(edited)
+        self._check_code(code)
+        dtype = self.W_dec.dtype
+        if edited.indices is code.indices:
+            values, indices = edited.values.to(dtype) - code.values.to(dtype), code.indices
+        else:
+            values = torch.cat([edited.values.to(dtype), -code.values.to(dtype)], dim=-1)
+            indices = torch.cat([edited.indices, code.indices.to(edited.indices.dtype)], dim=-1)
+        y = sparse_decode(values, indices, self.W_dec, None)
+        return (y if code.scale is None else y.to(code.scale.dtype) * code.scale).to(code.values.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., d_in] -> x_hat, of x's shape and dtype."""
+        return self.decode(self.encode(x))
+
+    def loss(self, x: Tensor, weight: Tensor | None = None) -> SAELoss:
+        """The training loss of x [..., d_in], in the space in which x was normalised.
+
+        mse is the ratio of sums: squared error over the batch's variance about its mean, so that the learning rate does
+        not depend on the scale of x. weight [...], bool (a mask) or floating and not negative, weighs the rows; rows of
+        weight 0 count nowhere, whatever they hold. In training mode `rows_since_fired` is brought up to date. No host sync
+        on a GPU.
+        """
+        self._check_input(x)
+        shape, rows = x.shape[:-1], x.reshape(-1, self.d_in)
+        if weight is not None:
+            weight = _checked_weight(weight, x).reshape(-1)
+            rows = torch.where((weight > 0).unsqueeze(-1), rows, 0)
+        normalized, offset, scale = self.normalizer(rows)
+        normalized = normalized.to(self.W_enc.dtype)
+        values, indices = self._choose(normalized)
+        fires = (values != 0).sum(-1, dtype=torch.float32)
+        if self.training:
+            self._count_firings(values, indices, weight)
+        y = sparse_decode(values, indices, self.W_dec, self.b_dec)
+        mse = squared_error(y, normalized, weight) / total_variance(normalized, weight)
+        aux = self._aux(normalized, y, weight) if self.aux_coef else torch.zeros_like(mse)
+        mass = fires.new_zeros(()) + fires.shape[0] if weight is None else weight.sum()
+        l0 = (fires if weight is None else fires * weight).sum() / torch.where(mass > 0, mass, 1)
+        code = SparseCode(
+            values.to(x.dtype).reshape(*shape, self.k),
+            indices.reshape(*shape, self.k),
+            self.d_sae,
+            offset if offset is None or offset.dim() == 1 else offset.reshape(*shape, 1),
+            scale if scale is None or scale.dim() == 1 else scale.reshape(*shape, 1),
+        )
+        return SAELoss(mse + self.aux_coef * aux, mse, aux, l0, code)
+
+    def constrain(self, optimizer: torch.optim.Optimizer) -> ConstraintHandle:
+        """Keeps the decoder rows at unit norm: before every optimizer.step() the gradient of W_dec is made orthogonal to
+        the rows, and after it they are renormalised. Returns a handle; handle.remove() undoes it.
+
+        Raises ValueError where W_dec is not among the optimiser's parameters.
+        """
+        return ConstraintHandle(self, optimizer)
+
+    def project_grad_(self) -> None:
+        """Takes out of W_dec.grad what lies along the rows of W_dec."""
+        if self.W_dec.grad is not None:
+            project_rows_(self.W_dec.grad, self.W_dec.detach())
+
+    def normalize_decoder_(self) -> None:
+        """Divides the rows of W_dec by their norm; rows of zeros stay."""
+        normalize_rows_(self.W_dec.detach())
+
+    def _choose(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        b_enc = self.b_enc
+        training = torch.is_grad_enabled() and self.b_dec.requires_grad and not x.requires_grad
+        if training and x.dtype in (torch.float32, torch.float64):
+            # b_dec through the bias: no copy of x, and its gradient without a gradient of the size of x
+            b_enc = b_enc - (self.W_enc * self.b_dec).sum(-1)
+        else:
+            x = x - self.b_dec
+        return topk_encode(x, self.W_enc, b_enc, self.k, activation=self.activation)
+
+    @torch.no_grad()
+    def _count_firings(self, values: Tensor, indices: Tensor, weight: Tensor | None) -> None:
+        fires = values != 0
+        if weight is not None:
+            fires = fires & (weight > 0).unsqueeze(-1)
+        # slots that do not fire go to one latent too many; every write is the same, so the order does not matter
+        slots = torch.where(fires, indices, self.d_sae).reshape(-1).long()
+        fired = torch.zeros(self.d_sae + 1, dtype=torch.bool, device=values.device).index_fill_(0, slots, True)
+        self.rows_since_fired.add_(values.shape[0] if weight is None else (weight > 0).sum())
+        self.rows_since_fired.masked_fill_(fired[: self.d_sae], 0)
+
+    def _aux(self, x: Tensor, y: Tensor, weight: Tensor | None) -> Tensor:
+        dead = self.dead
+        if dead.device.type == "cpu" and not torch.compiler.is_compiling() and not bool(dead.any()):
+            return y.new_zeros((), dtype=accumulator(y.dtype))  # a look at a CPU tensor is no sync
+        m = min(self.d_sae, max(self.k_aux, self.d_sae // 4))
+        candidates = self.rows_since_fired.topk(m).indices
+        few = slice(0, self.aux_rows)
+        x, y = x[few].detach(), y[few].detach()
+        return auxk_loss(
+            x - self.b_dec.detach(),
+            x - y,
+            self.W_enc,
+            self.b_enc,
+            self.W_dec,
+            candidates,
+            dead[candidates],
+            self.k_aux,
+            self.activation,
+            None if weight is None else weight[few],
+        )
+
+    def _check_input(self, x: Tensor) -> None:
+        _checks.tensor("TopKSAE", "x", x)
+        if x.dtype not in _checks.FLOATS:
+            raise TypeError(f"TopKSAE: x must be float32, float64, bfloat16 or float16, got {x.dtype}")
+        if x.dim() == 0 or x.shape[-1] != self.d_in:
+            raise ValueError(
+                f"TopKSAE: x {tuple(x.shape)} must end in d_in = {self.d_in} of W_enc {tuple(self.W_enc.shape)}"
+            )
+        _checks.same_device("TopKSAE", "W_enc", self.W_enc, "x", x)
+
+    def _check_code(self, code: SparseCode) -> None:
+        if not isinstance(code, SparseCode):
+            raise TypeError(f"TopKSAE: code must be a SparseCode, got {type(code).__name__}")
+        if code.d_sae != self.d_sae:
+            raise ValueError(f"TopKSAE: code has d_sae = {code.d_sae}, this SAE has {self.d_sae}")
+
+    def get_extra_state(self) -> Tensor:
+        """What the tensors do not tell, as JSON in a uint8 tensor: formats that hold tensors alone can keep it."""
+        text = json.dumps({**self._conventions(), "fitted": self.normalizer.fitted}, sort_keys=True)
+        return torch.tensor(list(text.encode()), dtype=torch.uint8)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        self.normalizer.fitted = self._checked_state(state)["fitted"]
+
+    def _conventions(self) -> dict[str, str | int]:
+        return {"k": self.k, "activation": self.activation, "normalize": self.normalize}
+
+    def _checked_state(self, state: Tensor) -> dict[str, str | int | bool]:
+        found = json.loads(bytes(state.tolist()))
+        here = self._conventions()
+        differs = [f"{key}={found.get(key)!r} (here {here[key]!r})" for key in here if found.get(key) != here[key]]
+        if differs:
+            raise ValueError(f"the checkpoint is of another SAE: {', '.join(differs)}")
+        return found
+
+    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+        # before the first tensor is copied: a checkpoint that does not fit must not be half loaded
+        if f"{prefix}_extra_state" in state_dict:
+            self._checked_state(state_dict[f"{prefix}_extra_state"])
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def _check_sizes(d_in: int, d_sae: int, k: int, k_aux: int | None, aux_rows: int, dead_after: int) -> None:
+    op, large = "TopKSAE", 2**31 - 1
+    _checks.integer(op, "d_in", d_in, 1, large)
+    _checks.integer(op, "d_sae", d_sae, 1, large)
+    _checks.integer(op, "k", k, 1, d_sae)
+    if k_aux is not None:
+        _checks.integer(op, "k_aux", k_aux, 1, d_sae)
+    _checks.integer(op, "aux_rows", aux_rows, 1, large)
+    _checks.integer(op, "dead_after", dead_after, 0, 2**62)
+
+
+def _checked_weight(weight: Tensor, x: Tensor) -> Tensor:
+    _checks.tensor("TopKSAE.loss", "weight", weight)
+    if weight.shape != x.shape[:-1]:
+        shapes = f"weight {tuple(weight.shape)} must have the leading shape of x {tuple(x.shape)}"
+        raise ValueError(f"TopKSAE.loss: {shapes}")
+    if weight.dtype != torch.bool and not weight.is_floating_point():
+        raise TypeError(f"TopKSAE.loss: weight must be bool or floating, got {weight.dtype}")
+    _checks.same_device("TopKSAE.loss", "x", x, "weight", weight)
+    return weight.detach().to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+
+
+def _geometric_median(rows: Tensor, steps: int = 64) -> Tensor:
+    """Weiszfeld's iteration on rows [N, d]."""
+    centre = rows.mean(0)
+    floor = torch.finfo(rows.dtype).eps * rows.abs().max().clamp(min=1)
+    for _ in range(steps):
+        pull = 1 / (rows - centre).norm(dim=-1).clamp(min=floor)
+        centre = pull @ rows / pull.sum()
+    return centre
