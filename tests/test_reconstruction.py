@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from sae_kernels import TopKSAE
 from sae_kernels.eval.reconstruction import ReconstructionMetrics, evaluate_reconstruction, reconstruction_metrics
+from sae_kernels.nn.sae import TopKSAE
 
 D_IN, D_SAE, K = 12, 40, 5
 

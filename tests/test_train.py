@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-import sae_kernels as sk
 from sae_kernels.eval.reconstruction import evaluate_reconstruction
+from sae_kernels.nn.sae import TopKSAE
 from sae_kernels.train import Interrupted, fit, from_model, load_sae, save_sae
 from sae_kernels.train.loop import _Plan
 from sae_kernels.train.sources import CallableSource, IteratorSource, TensorSource, as_source, mix_seed
@@ -28,7 +28,7 @@ def data():
 
 def new_sae(**options):
     torch.manual_seed(1)
-    return sk.TopKSAE(D_IN, D_SAE, K, **options)
+    return TopKSAE(D_IN, D_SAE, K, **options)
 
 
 def run(source, sae=None, **options):

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 FORMAT = 1
+CONFIG = ("d_in", "d_sae", "k", "activation", "normalize", "k_aux", "aux_coef", "aux_rows", "dead_after")
 
 
 def need(module: str, purpose: str, extra: str) -> ModuleType:
@@ -34,7 +35,7 @@ def load_sae(path: str | os.PathLike, device: torch.device | str = "cpu") -> nn.
 
     Raises FileNotFoundError where there is none, ValueError that names what does not fit.
     """
-    from ..nn import TopKSAE
+    from ..nn.sae import TopKSAE
 
     folder = find_folder(Path(path))
     config = read_config(folder)
@@ -65,8 +66,7 @@ def load_weights(sae: nn.Module, folder: Path) -> None:
     """Strict: raises ValueError naming the missing keys, the unexpected keys and the shapes that differ."""
     safetensors = need("safetensors.torch", "reading a checkpoint", "train")
     found = safetensors.load_file(folder / "model.safetensors")
-    extra = read_config(folder).get("extra_state", {})
-    wanted = {key: value for key, value in sae.state_dict().items() if isinstance(value, torch.Tensor)}
+    wanted = sae.state_dict()
     problems = [
         f"{label}: {', '.join(sorted(keys))}"
         for label, keys in (("missing keys", wanted.keys() - found.keys()), ("unexpected keys", found.keys() - wanted.keys()))
@@ -75,13 +75,13 @@ def load_weights(sae: nn.Module, folder: Path) -> None:
     problems += [
         f"{key} is {tuple(found[key].shape)} in the checkpoint and {tuple(wanted[key].shape)} in the module"
         for key in sorted(wanted.keys() & found.keys())
-        if found[key].shape != wanted[key].shape
+        if found[key].shape != wanted[key].shape and not key.endswith("_extra_state")  # a text, of any length
     ]
     if problems:
         raise ValueError(f"checkpoint {folder} does not fit: {'; '.join(problems)}")
     try:
-        sae.load_state_dict({**found, **extra}, strict=True)
-    except RuntimeError as error:
+        sae.load_state_dict(found, strict=True)
+    except (RuntimeError, ValueError) as error:
         raise ValueError(f"checkpoint {folder} does not fit: {error}") from None
 
 
@@ -94,16 +94,14 @@ def write_folder(path: Path, sae: nn.Module, training: dict[str, Any] | None) ->
     fresh, old = _beside(path, f"new{os.getpid()}"), _beside(path, "old")
     shutil.rmtree(fresh, ignore_errors=True)
     fresh.mkdir()
-    state = sae.state_dict()
-    tensors = {key: value.detach().contiguous() for key, value in state.items() if isinstance(value, torch.Tensor)}
+    tensors = {key: value.detach().contiguous() for key, value in sae.state_dict().items()}
     safetensors.save_file(tensors, fresh / "model.safetensors")
     if training is not None:
         torch.save(training, fresh / "training.pt")
     config = {
         "format": FORMAT,
-        "sae": sae.config(),
+        "sae": {name: getattr(sae, name) for name in CONFIG},
         "dtype": str(next(sae.parameters()).dtype).removeprefix("torch."),
-        "extra_state": {key: value for key, value in state.items() if not isinstance(value, torch.Tensor)},
     }
     (fresh / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     for file in fresh.iterdir():

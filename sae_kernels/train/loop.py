@@ -233,7 +233,7 @@ def _log_row(sae: nn.Module, plan: _Plan, state: _State) -> dict[str, float] | N
     row = {"step": state.step, **dict(zip(COLUMNS, means, strict=True))}
     if not math.isfinite(row["loss"]):
         raise FloatingPointError(f"the loss is {row['loss']} before step {state.step}: look at the activations, or lower lr")
-    row["dead_share"] = (sae.rows_since_fired >= sae.dead_after).double().mean().item()
+    row["dead_share"] = sae.dead.double().mean().item()
     row["lr"] = plan.lr * plan.factor(state.step - 1)
     state.window.zero_()
     state.window_steps = 0

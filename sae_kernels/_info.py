@@ -1,0 +1,64 @@
+"""What runs here: versions, devices, native libraries and why one is absent."""
+
+import platform
+from importlib import metadata
+from typing import Any
+
+import torch
+
+from . import _native
+
+# the GPU on which each op's results have been checked against its oracle; None: not yet on any
+GPU_VERIFIED: dict[str, str | None] = {"topk_encode": None, "sparse_decode": None, "ActivationStats": None}
+
+
+def info() -> dict[str, Any]:
+    """Versions, devices, threads, the native CPU library and its instruction set, the backend ops take on the CPU.
+
+    `gpu_verified` names, per op, the GPU on which it has been checked, or says that there is none yet.
+    """
+    from . import __version__
+    from .ops import _backend
+
+    loaded = _native.cpu_loaded()
+    forced = _backend._forced
+    return {
+        "sae_kernels": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "triton": _version("triton"),
+        "platform": f"{platform.system()} {platform.machine()}",
+        "devices": ["cpu", *(f"cuda:{i} {torch.cuda.get_device_name(i)}" for i in range(torch.cuda.device_count()))],
+        "threads": torch.get_num_threads(),
+        "native_cpu": "loaded" if loaded else _native.cpu_error,
+        "instruction_set": _native.cpu_isa(),
+        "backend": forced if forced != "auto" else ("cpu" if loaded else "reference"),
+        "backend_forced": forced != "auto",
+        "gpu_verified": {op: gpu or "not yet verified on a GPU" for op, gpu in GPU_VERIFIED.items()},
+    }
+
+
+def format_info(facts: dict[str, Any]) -> str:
+    """`info()` as lines to read."""
+    backend = f"{facts['backend']} ({'forced' if facts['backend_forced'] else 'chosen by the device'})"
+    rows = [
+        ("sae_kernels", facts["sae_kernels"]),
+        ("torch", facts["torch"]),
+        ("python", f"{facts['python']} on {facts['platform']}"),
+        ("triton", facts["triton"] or "not installed"),
+        ("devices", ", ".join(facts["devices"])),
+        ("threads", facts["threads"]),
+        ("native CPU library", facts["native_cpu"]),
+        ("instruction set", facts["instruction_set"] or "none: plain torch runs instead"),
+        ("backend on CPU", backend),
+        *((f"{op} on a GPU", state) for op, state in facts["gpu_verified"].items()),
+    ]
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None

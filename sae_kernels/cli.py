@@ -1,0 +1,223 @@
+"""The command line: demo, train, eval, info."""
+
+import argparse
+import json
+import sys
+import warnings
+from pathlib import Path
+
+from . import __version__
+
+EXAMPLES = """examples:
+  sae-kernels demo                                        simulated data, no network: a minute or two
+  sae-kernels demo --data data/goodbooks10k --d 256       a real data set
+  sae-kernels demo --interactions log.parquet --user-col user --item-col item --model sasrec --time-col ts
+  sae-kernels train activations.npy --out runs/sae --width 8 --k 32 --steps 5000
+  sae-kernels eval runs/sae held_out.npy                  FVU, cosine, L0, dead share
+  sae-kernels info                                        what runs here, and why not
+"""
+TRAIN_EXAMPLES = """examples:
+  sae-kernels train acts.npy --out runs/sae                          [rows, d_in] float array
+  sae-kernels train acts.npz --key hidden --out runs/sae --k 64      one array of several
+  sae-kernels train acts.safetensors --out runs/sae --resume         goes on after Ctrl-C, bit for bit
+"""
+EVAL_EXAMPLES = """examples:
+  sae-kernels eval runs/sae held_out.npy
+  sae-kernels eval runs/sae held_out.npz --key hidden --json figures.json
+"""
+DEMO_EXAMPLES = """examples:
+  sae-kernels demo                                         simulated catalogue with planted concepts
+  sae-kernels demo --model sasrec                          the same as sequences
+  sae-kernels demo --data data/goodbooks10k --d 256        layouts: goodbooks10k, ml1m, ml_latest_small
+  sae-kernels demo --interactions ratings.csv --user-col userId --item-col movieId --rating-col rating --min-rating 4
+
+Open <out>/report.html afterwards.
+"""
+NORMALIZERS = ("none", "standardize", "l2", "layer_norm", "global")
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:
+        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command; returns the exit code: 0, 2 for a mistake in what was given, 130 after Ctrl-C."""
+    options = _parser().parse_args(argv)
+    if options.command is None:
+        _parser().print_help()
+        return 0
+    if options.traceback:
+        return options.run(options)
+    warnings.formatwarning = lambda message, *_: f"sae-kernels: {message}\n"
+    try:
+        return options.run(options)
+    except (ValueError, OSError, ImportError, FloatingPointError) as error:
+        line = " ".join(str(error).split()) or type(error).__name__
+        print(f"sae-kernels {options.command}: {line}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt as error:
+        print(f"\nsae-kernels {options.command}: {_after_interrupt(options, error)}", file=sys.stderr)
+        return 130
+
+
+def _after_interrupt(options: argparse.Namespace, error: KeyboardInterrupt) -> str:
+    folder = getattr(error, "checkpoint", None)
+    if folder is None:
+        return "interrupted; nothing to resume was written"
+    return f"interrupted after step {error.step}; run the same command with --resume to go on from {folder}"
+
+
+def _parser() -> _Parser:
+    parser = _Parser(
+        prog="sae-kernels",
+        description="Sparse autoencoders on fast, exact kernels: for recommenders, embeddings and any PyTorch model.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"sae-kernels {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="command", title="commands")
+    _add_demo(commands)
+    _add_train(commands)
+    _add_eval(commands)
+    info = _add(commands, "info", _info, "versions, devices, the native library, the backend", None)
+    info.add_argument("--json", action="store_true", help="print one JSON object")
+    return parser
+
+
+def _add(commands, name, run, summary, examples, description=None) -> argparse.ArgumentParser:
+    parser = commands.add_parser(
+        name,
+        help=summary,
+        description=description or summary[0].upper() + summary[1:] + ".",
+        epilog=examples,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--traceback", action="store_true", help="show the whole Python error instead of one line")
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _add_demo(commands) -> None:
+    parser = _add(
+        commands, "demo", _demo, "recommender, SAE, named latents and steering, with a report", DEMO_EXAMPLES,
+        "Trains a recommender, inserts a sparse autoencoder, measures what that costs, names its latents, steers\n"
+        "recommendations with them, and writes a checkpoint, metrics.json and report.html.",
+    )  # fmt: skip
+    data = parser.add_argument_group("data (none: a simulated catalogue whose concepts are known)")
+    source = data.add_mutually_exclusive_group()
+    source.add_argument("--data", type=Path, metavar="DIR", help="a folder laid out as goodbooks10k, ml1m or ml_latest_small")
+    source.add_argument("--interactions", type=Path, metavar="FILE", help="a Parquet or CSV file, one row per (user, item)")
+    for name in ("user", "item", "rating", "time"):
+        data.add_argument(f"--{name}-col", metavar="NAME", help=f"its column of {name}s")
+    data.add_argument("--min-rating", type=float, metavar="R", help="keep ratings of R and more")
+    model = parser.add_argument_group("model")
+    model.add_argument("--model", choices=("elsa", "multvae", "sasrec"), default="elsa", help="the recommender (elsa)")
+    model.add_argument("--d", type=int, help="size of its embedding (elsa 256, multvae 128, sasrec 64; simulated: 64)")
+    model.add_argument("--epochs", type=int, help="passes over the users while training it (by model and data)")
+    sae = parser.add_argument_group("sparse autoencoder")
+    sae.add_argument("--width", type=int, default=8, help="latents per dimension of the embedding (8)")
+    sae.add_argument("--k", type=int, default=32, help="active latents per row (32)")
+    sae.add_argument("--steps", type=int, help="training steps of 1,024 rows (6000; simulated: 2000)")
+    sae.add_argument("--normalize", choices=NORMALIZERS, default="standardize", help="input normaliser (standardize)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, metavar="DIR", help="where the run is written (runs/demo-<model>)")
+    parser.add_argument("--resume", action="store_true", help="go on with the interrupted run in --out")
+    parser.add_argument("--quiet", action="store_true", help="no progress bars and tables")
+
+
+def _add_train(commands) -> None:
+    parser = _add(commands, "train", _train, "train a TopK SAE on a file of activations", TRAIN_EXAMPLES)
+    parser.add_argument("activations", type=Path, help=".npy, .npz, .safetensors or .pt with [rows, d_in] floats")
+    parser.add_argument("--key", help="which array of a file with several")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the checkpoint's folder")
+    parser.add_argument("--width", type=int, default=8, help="latents per input dimension (8)")
+    parser.add_argument("--k", type=int, default=32, help="active latents per row (32)")
+    parser.add_argument("--normalize", choices=NORMALIZERS, default="standardize", help="input normaliser (standardize)")
+    parser.add_argument("--steps", type=int, default=5000)
+    parser.add_argument("--batch-size", type=int, default=1024)
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--held-out", type=float, default=0.05, help="share of rows kept away for the final figures (0.05)")
+    parser.add_argument("--checkpoint-every", type=int, default=1000, metavar="STEPS")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+
+
+def _add_eval(commands) -> None:
+    parser = _add(commands, "eval", _eval, "FVU, cosine, L0 and dead share of a checkpoint", EVAL_EXAMPLES)
+    parser.add_argument("checkpoint", type=Path, help="folder written by train or demo")
+    parser.add_argument("activations", type=Path, help=".npy, .npz, .safetensors or .pt with [rows, d_in] floats")
+    parser.add_argument("--key", help="which array of a file with several")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures there")
+    parser.add_argument("--quiet", action="store_true", help="print the JSON only")
+
+
+def _demo(options: argparse.Namespace) -> int:
+    from .experiments.demo import DemoConfig, run_demo
+
+    names = DemoConfig.__dataclass_fields__
+    run_demo(DemoConfig(**{name: value for name, value in vars(options).items() if name in names}))
+    return 0
+
+
+def _train(options: argparse.Namespace) -> int:
+    import torch
+
+    from .eval.reconstruction import evaluate_reconstruction
+    from .nn.sae import TopKSAE
+    from .train import fit
+    from .train.activations import load_activations
+
+    x = load_activations(options.activations, options.key)
+    if not 0 <= options.held_out < 1:
+        raise ValueError(f"--held-out must be in [0, 1), got {options.held_out}")
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(options.seed))
+    kept = round(options.held_out * len(x))
+    held_out, rows = x[order[:kept]], x[order[kept:]]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(options.seed)
+        sae = TopKSAE(x.shape[1], options.width * x.shape[1], options.k, normalize=options.normalize)
+    if options.normalize == "global":
+        sae.fit_normalizer(rows)
+    result = fit(
+        sae,
+        rows,
+        steps=options.steps,
+        batch_size=options.batch_size,
+        lr=options.lr,
+        seed=options.seed,
+        progress=not options.quiet,
+        checkpoint=options.out,
+        checkpoint_every=options.checkpoint_every,
+        resume=options.resume,
+    )
+    figures = evaluate_reconstruction(sae, held_out if kept else rows)
+    if not options.quiet:
+        print(f"{result.steps} steps in {result.seconds:.1f} s, checkpoint in {options.out}")
+        print(f"on {figures['rows']:,} {'held-out' if kept else 'training'} rows:\n{_table(figures)}")
+    return 0
+
+
+def _eval(options: argparse.Namespace) -> int:
+    from .eval.reconstruction import evaluate_reconstruction
+    from .train import load_sae
+    from .train.activations import load_activations
+
+    figures = evaluate_reconstruction(load_sae(options.checkpoint), load_activations(options.activations, options.key))
+    if options.json is not None:
+        options.json.write_text(json.dumps(figures, indent=2) + "\n")
+    print(json.dumps(figures) if options.quiet else _table(figures))
+    return 0
+
+
+def _table(figures: dict[str, float]) -> str:
+    return "\n".join(f"  {name:<12}{value:>12,.5g}" for name, value in figures.items())
+
+
+def _info(options: argparse.Namespace) -> int:
+    from ._info import format_info, info
+
+    facts = info()
+    print(json.dumps(facts, indent=2) if options.json else format_info(facts))
+    return 0
