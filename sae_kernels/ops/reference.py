@@ -17,10 +17,11 @@ def topk_encode(
     acc = accumulator(x.dtype)
     pre = linear(x.to(acc), W_enc.to(acc), None if b_enc is None else b_enc.to(acc))
     score = {"relu": torch.relu, "abs": torch.abs, "none": lambda p: p}[activation](pre)
-    order = score.argsort(dim=-1, descending=True, stable=True)
     value = score if activation == "relu" else pre
     if latent_mask is not None:
-        value = torch.where(latent_mask, value, 0)
+        score, value = score.masked_fill(~latent_mask, -torch.inf), value.masked_fill(~latent_mask, 0)
+    order = score.argsort(dim=-1, descending=True, stable=True)
+    if latent_mask is not None:
         order = order.gather(-1, (~latent_mask[order]).to(torch.uint8).argsort(dim=-1, stable=True))
     indices = order[:, :k]
     return value.gather(-1, indices).to(x.dtype), indices.to(torch.int32)

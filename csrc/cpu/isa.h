@@ -1,0 +1,28 @@
+// Which instruction set runs, and the raw 16-bit storage types. Free of torch.
+#pragma once
+
+#include <cstdint>
+
+namespace sae_kernels {
+
+struct bf16 { uint16_t bits; };
+struct fp16 { uint16_t bits; };
+
+enum Isa : int { kGeneric = 0, kAvx2 = 1, kAvx512 = 2 };
+Isa cpu_isa();
+
+}  // namespace sae_kernels
+
+#if defined(SK_HAVE_AVX512)
+#define SK_DISPATCH(f, ...)                                                    \
+  (cpu_isa() == kAvx512 ? avx512::f(__VA_ARGS__)                               \
+                        : cpu_isa() == kAvx2 ? avx2::f(__VA_ARGS__) : generic::f(__VA_ARGS__))
+#define SK_DECLARE(declaration)        \
+  namespace generic { declaration; }   \
+  namespace avx2 { declaration; }      \
+  namespace avx512 { declaration; }
+#else
+#define SK_DISPATCH(f, ...) generic::f(__VA_ARGS__)
+#define SK_DECLARE(declaration) \
+  namespace generic { declaration; }
+#endif

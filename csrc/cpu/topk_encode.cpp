@@ -1,0 +1,389 @@
+// topk_encode on the CPU: a GEMM in registers whose epilogue filters against each row's running threshold.
+//
+// Per block of at most 8 MiB of W_enc, packed once and read from the last-level cache by all rows; per tile of rows, packed
+// into the second-level cache; per MR x NR register tile over the whole of d_in. A finished register tile is compared with
+// its rows' thresholds and dropped unless something passes: pre-activations are never stored. Panels of latents are visited
+// in a scattered order, so that scores sorted by latent raise the threshold as fast as random ones.
+// Few rows take another way (encode_few): dot products straight from W_enc, latents split over the threads.
+#include <numeric>
+
+#include "cpu/latent_sums.h"
+#include "cpu/topk_select.h"
+
+namespace sae_kernels {
+
+// All pointers are contiguous row-major; d_sae, d_in, rows, k as in the contract.
+template <class T> struct EncodeArgs {
+  const T* x; const T* W; const T* bias;  // bias may be null
+  int64_t rows, d_in, d_sae, k;
+  int activation;
+  const int32_t* competitors; int64_t n_competitors; const int32_t* rest;  // competitors null: all
+  T* values; int32_t* indices;
+};
+
+template <class T> struct EncodeBackwardArgs {
+  const T* grad_pre; const int32_t* indices; const T* x;
+  int64_t rows, k, d_in, d_sae;
+  T* grad_W; T* grad_b;
+};
+
+namespace SK_ISA {
+namespace {
+
+constexpr int64_t kBlockBytes = 8 << 20, kCandidateBytes = 16 << 20, kTileBytes = 512 << 10;
+constexpr int64_t kFewRows = 32;
+
+#if defined(__AVX512F__)
+constexpr int kMR = 14;
+#else
+constexpr int kMR = 6;
+#endif
+template <class A> constexpr int kNR = 2 * kLanes<A>;
+
+// out[c * Width + r] = rows[r][c]; rows beyond n are zero
+template <int Width, class T>
+inline void pack(const T* const* rows, int n, int64_t d_in, Acc<T>* out) {
+  constexpr int64_t kStep = 16;  // one cache line of each row at a time
+  for (int64_t c0 = 0; c0 < d_in; c0 += kStep) {
+    const int64_t c1 = std::min(c0 + kStep, d_in);
+    for (int r = 0; r < Width; ++r) {
+      if (r < n) for (int64_t c = c0; c < c1; ++c) out[c * Width + r] = to_acc(rows[r][c]);
+      else for (int64_t c = c0; c < c1; ++c) out[c * Width + r] = Acc<T>(0);
+    }
+  }
+}
+
+// bit i set: lane i is at or above the threshold, or NaN
+template <class A> inline uint32_t at_least(Vec<A> score, A threshold) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(A) == 4) return _mm512_cmp_ps_mask((__m512)score, _mm512_set1_ps(threshold), _CMP_NLT_UQ);
+  else return _mm512_cmp_pd_mask((__m512d)score, _mm512_set1_pd(threshold), _CMP_NLT_UQ);
+#elif defined(__AVX2__)
+  if constexpr (sizeof(A) == 4)
+    return _mm256_movemask_ps(_mm256_cmp_ps((__m256)score, _mm256_set1_ps(threshold), _CMP_NLT_UQ));
+  else return _mm256_movemask_pd(_mm256_cmp_pd((__m256d)score, _mm256_set1_pd(threshold), _CMP_NLT_UQ));
+#else
+  uint32_t mask = 0;
+  for (int i = 0; i < kLanes<A>; ++i) mask |= uint32_t(!(score[i] < threshold)) << i;
+  return mask;
+#endif
+}
+
+template <class A> inline Vec<A> magnitude(Vec<A> v) { return v < Vec<A>{} ? -v : v; }
+
+// acc[r][v] = bias + sum_c a[c][r] * b[c][v]
+template <class A>
+inline __attribute__((always_inline)) void multiply(const A* a, const A* b, const A* bias, int64_t d_in, Vec<A> (&acc)[kMR][2]) {
+  constexpr int L = kLanes<A>;
+#pragma GCC unroll 16
+  for (int r = 0; r < kMR; ++r) {
+    acc[r][0] = load(bias);
+    acc[r][1] = load(bias + L);
+  }
+  for (int64_t c = 0; c < d_in; ++c, a += kMR, b += 2 * L) {
+    const Vec<A> b0 = load(b), b1 = load(b + L);
+#pragma GCC unroll 16
+    for (int r = 0; r < kMR; ++r) {
+      acc[r][0] += a[r] * b0;
+      acc[r][1] += a[r] * b1;
+    }
+  }
+}
+
+template <class A> struct Panel {  // NR packed latents
+  const A* weights;
+  const A* bias;
+  const int32_t* latents;
+  int n;
+};
+
+template <class A>
+__attribute__((noinline)) void collect(const Vec<A> (&pre)[2], uint32_t mask, const Panel<A>& panel, int activation, Row<A>& row,
+                                       Key<A>* keys, int64_t k, int64_t capacity) {
+  A lanes[kNR<A>];
+  std::memcpy(lanes, &pre, sizeof lanes);
+  if (panel.n < kNR<A>) mask &= (1u << panel.n) - 1;
+  for (; mask; mask &= mask - 1) {
+    const int i = __builtin_ctz(mask);
+    const bool negative = activation == kAbs && lanes[i] < 0;
+    const A score = negative ? -lanes[i] : lanes[i];
+    if (score <= row.threshold_score && panel.latents[i] > row.threshold_latent) continue;
+    row.add(make_key(score, panel.latents[i], negative), keys, k, capacity);
+  }
+}
+
+// One tile of rows against one block of panels.
+template <class A, bool Abs>
+void filter_tile(const A* tile, int64_t rows, const Panel<A>* panels, int64_t n_panels, int64_t d_in, int activation, Row<A>* state,
+                 Key<A>* keys, int64_t k, int64_t capacity) {
+  for (int64_t p = 0; p < n_panels; ++p) {
+    for (int64_t r0 = 0; r0 < rows; r0 += kMR) {
+      Vec<A> acc[kMR][2];
+      multiply<A>(tile + r0 * d_in, panels[p].weights, panels[p].bias, d_in, acc);
+      const int n = static_cast<int>(std::min<int64_t>(kMR, rows - r0));
+#pragma GCC unroll 16
+      for (int r = 0; r < kMR; ++r) {
+        if (r >= n) break;
+        Row<A>& row = state[r0 + r];
+        const Vec<A> s0 = Abs ? magnitude<A>(acc[r][0]) : acc[r][0], s1 = Abs ? magnitude<A>(acc[r][1]) : acc[r][1];
+        const uint32_t mask = at_least<A>(s0, row.threshold_score) | at_least<A>(s1, row.threshold_score) << kLanes<A>;
+        if (__builtin_expect(mask != 0, 0)) {
+          const Vec<A> pre[2] = {acc[r][0], acc[r][1]};  // a copy: acc itself must stay in registers
+          collect<A>(pre, mask, panels[p], activation, row, keys + (r0 + r) * capacity, k, capacity);
+        }
+      }
+    }
+  }
+}
+
+// Panels in an order that looks random to any structure along d_sae: steps of the golden ratio, made coprime to n.
+struct Scatter {
+  int64_t n, step;
+  explicit Scatter(int64_t n) : n(n), step(std::max<int64_t>(1, static_cast<int64_t>(n * 0.6180339887498949))) {
+    while (std::gcd(step, n) != 1) ++step;
+  }
+  int64_t operator()(int64_t i) const { return i * step % n; }
+};
+
+template <class T> void pack_panel(const EncodeArgs<T>& args, const Competitors& competitors, int64_t panel, Panel<Acc<T>>& out,
+                                   Acc<T>* weights, Acc<T>* bias, int32_t* latents) {
+  constexpr int NR = kNR<Acc<T>>;
+  const T* rows[NR];
+  out = {weights, bias, latents, static_cast<int>(std::min<int64_t>(NR, competitors.count - panel * NR))};
+  for (int i = 0; i < out.n; ++i) {
+    latents[i] = competitors[panel * NR + i];
+    rows[i] = args.W + latents[i] * args.d_in;
+  }
+  for (int i = 0; i < NR; ++i) bias[i] = args.bias && i < out.n ? to_acc(args.bias[latents[i]]) : Acc<T>(0);
+  pack<NR>(rows, out.n, args.d_in, weights);
+}
+
+int64_t capacity_of(int64_t k, int64_t n) { return std::min(2 * k + 32, std::max(n, k) + 1); }
+
+template <class T> void encode_many(const EncodeArgs<T>& args) {
+  using A = Acc<T>;
+  constexpr int NR = kNR<A>;
+  const int64_t d_in = args.d_in, k = args.k, workers = num_threads();
+  const Competitors competitors{args.competitors, args.n_competitors, args.rest};
+  const int64_t capacity = capacity_of(k, competitors.count);
+
+  const int64_t n_panels = (competitors.count + NR - 1) / NR;
+  const int64_t panel_size = NR * d_in, padded = (panel_size + NR + 15) / 16 * 16;
+  const int64_t block = std::clamp<int64_t>(kBlockBytes / (padded * sizeof(A)), 1, n_panels);
+  const int64_t chunk = std::min(args.rows, std::max<int64_t>(kMR * workers, kCandidateBytes / (capacity * sizeof(Key<A>))));
+  const int64_t fits = kTileBytes / (std::max<int64_t>(d_in, 1) * sizeof(A)), fair = (chunk + workers - 1) / workers;
+  const int64_t tile = (std::clamp<int64_t>(std::min(fits, fair), kMR, 20 * kMR) + kMR - 1) / kMR * kMR;
+
+  Buffer<A> packed(block * padded), tiles(workers * tile * d_in);
+  Buffer<Panel<A>> panels(block);
+  Buffer<int32_t> latents(block * NR);
+  Buffer<Key<A>> keys(chunk * capacity);
+  Buffer<Row<A>> state(chunk);
+  const Scatter scatter(n_panels);
+
+  for (int64_t c0 = 0; c0 < args.rows; c0 += chunk) {
+    const int64_t n = std::min(chunk, args.rows - c0), n_tiles = (n + tile - 1) / tile;
+    for (int64_t r = 0; r < n; ++r) state[r].reset(args.activation);
+    for (int64_t p0 = 0; p0 < n_panels; p0 += block) {
+      const int64_t m = std::min(block, n_panels - p0);
+      if (c0 == 0 || m < n_panels) {
+        share_out(m, workers, [&](int64_t, int64_t p) {
+          A* weights = packed + p * padded;
+          pack_panel(args, competitors, scatter(p0 + p), panels[p], weights, weights + panel_size, latents + p * NR);
+        });
+      }
+      share_out(n_tiles, workers, [&](int64_t worker, int64_t t) {
+        const int64_t r0 = t * tile, rows = std::min(tile, n - r0);
+        A* packed_x = tiles + worker * tile * d_in;
+        for (int64_t r = 0; r < rows; r += kMR) {
+          const T* source[kMR];
+          const int filled = static_cast<int>(std::min<int64_t>(kMR, rows - r));
+          for (int i = 0; i < filled; ++i) source[i] = args.x + (c0 + r0 + r + i) * d_in;
+          pack<kMR>(source, filled, d_in, packed_x + r * d_in);
+        }
+        auto filter = args.activation == kAbs ? filter_tile<A, true> : filter_tile<A, false>;
+        filter(packed_x, rows, panels.p, m, d_in, args.activation, state + r0, keys + r0 * capacity, k, capacity);
+        if (p0 + m < n_panels) return;
+        for (int64_t r = r0; r < r0 + rows; ++r)
+          write_row(state[r], keys + r * capacity, k, competitors, args.activation, args.values + (c0 + r) * k,
+                    args.indices + (c0 + r) * k);
+      });
+    }
+  }
+}
+
+// Dot products of 4 latents with up to 4 rows, along d_in, straight from W_enc.
+template <class T, int R>
+inline void dot4(const T* const (&w)[4], const Acc<T>* x, int64_t d_in, Acc<T> (&out)[4][R]) {
+  using A = Acc<T>;
+  constexpr int L = kLanes<A>;
+  Vec<A> acc[4][R] = {};
+  int64_t c = 0;
+  for (; c + L <= d_in; c += L) {
+    Vec<A> wide[4];
+#pragma GCC unroll 4
+    for (int f = 0; f < 4; ++f) wide[f] = load(w[f] + c);
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+      const Vec<A> row = load(x + r * d_in + c);
+#pragma GCC unroll 4
+      for (int f = 0; f < 4; ++f) acc[f][r] += wide[f] * row;
+    }
+  }
+  for (int f = 0; f < 4; ++f)
+    for (int r = 0; r < R; ++r) {
+      A sum = horizontal_sum<A>(acc[f][r]);
+      for (int64_t i = c; i < d_in; ++i) sum += to_acc(w[f][i]) * x[r * d_in + i];
+      out[f][r] = sum;
+    }
+}
+
+template <class T, int R>
+void filter_rows(const EncodeArgs<T>& args, const Acc<T>* x, const int32_t (&latents)[4], int n, Row<Acc<T>>* state,
+                 Key<Acc<T>>* keys, int64_t capacity) {
+  using A = Acc<T>;
+  const T* w[4];
+  for (int f = 0; f < 4; ++f) w[f] = args.W + latents[f < n ? f : 0] * args.d_in;
+  A scores[4][R];
+  dot4<T, R>(w, x, args.d_in, scores);
+  for (int f = 0; f < n; ++f) {
+    const A bias = args.bias ? to_acc(args.bias[latents[f]]) : A(0);
+    for (int r = 0; r < R; ++r) {
+      const A pre = scores[f][r] + bias;
+      const bool negative = args.activation == kAbs && pre < 0;
+      const A score = negative ? -pre : pre;
+      if (score < state[r].threshold_score) continue;
+      state[r].add(make_key(score, latents[f], negative), keys + r * capacity, args.k, capacity);
+    }
+  }
+}
+
+template <class T> void encode_few(const EncodeArgs<T>& args) {
+  using A = Acc<T>;
+  const int64_t d_in = args.d_in, k = args.k, rows = args.rows;
+  const Competitors competitors{args.competitors, args.n_competitors, args.rest};
+  const int64_t quads = (competitors.count + 3) / 4;
+  const int64_t workers = std::clamp<int64_t>(quads * 4 * d_in / 32768, 1, num_threads());
+  const int64_t capacity = capacity_of(k, competitors.count);
+
+  // one state per worker and row; the last k places of each worker's share take the merged rows
+  Buffer<A> x(rows * d_in);
+  Buffer<Row<A>> state(workers * rows);
+  Buffer<Key<A>> keys(workers * rows * capacity), merged(workers * k);
+  for (int64_t i = 0; i < rows * d_in; ++i) x[i] = to_acc(args.x[i]);
+  for (int64_t i = 0; i < workers * rows; ++i) state[i].reset(args.activation);
+
+  const Scatter scatter(quads);
+  parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t w = begin; w < end; ++w) {
+      for (int64_t q = quads * w / workers; q < quads * (w + 1) / workers; ++q) {
+        const int64_t first = scatter(q) * 4;
+        const int n = static_cast<int>(std::min<int64_t>(4, competitors.count - first));
+        int32_t latents[4] = {};
+        for (int i = 0; i < n; ++i) latents[i] = competitors[first + i];
+        int64_t r = 0;
+        for (; r + 4 <= rows; r += 4)
+          filter_rows<T, 4>(args, x + r * d_in, latents, n, state + (w * rows + r), keys + (w * rows + r) * capacity, capacity);
+        for (; r < rows; ++r)
+          filter_rows<T, 1>(args, x + r * d_in, latents, n, state + (w * rows + r), keys + (w * rows + r) * capacity, capacity);
+      }
+      for (int64_t r = 0; r < rows; ++r) state[w * rows + r].tighten(keys + (w * rows + r) * capacity, k);
+    }
+  });
+  for (int64_t r = 0; r < rows; ++r) {
+    Row<A> row = state[r];
+    row.count = 0;
+    for (int64_t w = 0; w < workers; ++w) {
+      const Key<A>* from = keys + (w * rows + r) * capacity;
+      std::copy(from, from + state[w * rows + r].count, merged + row.count);
+      row.count += state[w * rows + r].count;
+    }
+    write_row(row, merged.p, k, competitors, args.activation, args.values + r * k, args.indices + r * k);
+  }
+}
+
+}  // namespace
+
+template <class T> void encode(const EncodeArgs<T>& args) {
+  if (args.rows == 0) return;
+  args.rows <= kFewRows ? encode_few(args) : encode_many(args);
+}
+
+template <class T> void encode_backward(const EncodeBackwardArgs<T>& args) {
+  latent_sums<false, T>(args.grad_pre, args.indices, args.x, nullptr, args.rows, args.k, args.d_in, args.d_sae, args.grad_W,
+                        args.grad_b, nullptr);
+}
+
+#define SK_INSTANTIATE(T)                     \
+  template void encode(const EncodeArgs<T>&); \
+  template void encode_backward(const EncodeBackwardArgs<T>&);
+SK_INSTANTIATE(float)
+SK_INSTANTIATE(double)
+SK_INSTANTIATE(bf16)
+SK_INSTANTIATE(fp16)
+
+}  // namespace SK_ISA
+}  // namespace sae_kernels
+
+#ifdef SK_BASELINE
+#include <cstdlib>
+#include <new>
+#include <tuple>
+#include <vector>
+
+#include "common.h"
+
+namespace sae_kernels {
+
+SK_DECLARE(template <class T> void encode(const EncodeArgs<T>& args))
+SK_DECLARE(template <class T> void encode_backward(const EncodeBackwardArgs<T>& args))
+
+void* workspace(int64_t bytes) {
+  void* p = std::aligned_alloc(64, static_cast<size_t>((std::max<int64_t>(bytes, 1) + 63) / 64 * 64));
+  if (!p) throw std::bad_alloc();
+  return p;
+}
+void release(void* p) { std::free(p); }
+
+std::tuple<Tensor, Tensor> topk_encode(Tensor x, Tensor W, std::optional<Tensor> b, int64_t k, int64_t activation,
+                                       std::optional<Tensor> latent_mask) {
+  x = dense(x);
+  W = dense(W);
+  if (b) b = dense(*b);
+  const int64_t rows = x.size(0), d_sae = W.size(0);
+  Tensor values = empty_like_dtype(x, {rows, k}), indices = empty_as(x, {rows, k}, ScalarType::Int);
+  std::vector<int32_t> competitors, rest;
+  if (latent_mask) {
+    const Tensor mask = dense(*latent_mask);
+    for (int32_t f = 0; f < d_sae; ++f) (data<bool>(mask)[f] ? competitors : rest).push_back(f);
+  }
+  with_float_type(x.scalar_type(), [&]<class T>(T) {
+    const EncodeArgs<T> args{
+        data<T>(x), data<T>(W), b ? data<T>(*b) : nullptr, rows, x.size(1), d_sae, k, static_cast<int>(activation),
+        latent_mask ? competitors.data() : nullptr, latent_mask ? static_cast<int64_t>(competitors.size()) : d_sae, rest.data(),
+        mutable_data<T>(values), mutable_data<int32_t>(indices)};
+    SK_DISPATCH(encode<T>, args);
+  });
+  return {values, indices};
+}
+
+std::tuple<Tensor, Tensor> topk_encode_backward(Tensor grad_pre, Tensor indices, Tensor x, int64_t d_sae) {
+  grad_pre = dense(grad_pre);
+  indices = dense(indices);
+  x = dense(x);
+  Tensor grad_W = empty_like_dtype(x, {d_sae, x.size(1)}), grad_b = empty_like_dtype(x, {d_sae});
+  with_float_type(x.scalar_type(), [&]<class T>(T) {
+    const EncodeBackwardArgs<T> args{data<T>(grad_pre), data<int32_t>(indices), data<T>(x), x.size(0), grad_pre.size(1), x.size(1),
+                                     d_sae, mutable_data<T>(grad_W), mutable_data<T>(grad_b)};
+    SK_DISPATCH(encode_backward<T>, args);
+  });
+  return {grad_W, grad_b};
+}
+
+}  // namespace sae_kernels
+
+STABLE_TORCH_LIBRARY_IMPL(sae_kernels, CPU, m) {
+  m.impl("topk_encode", TORCH_BOX(&sae_kernels::topk_encode));
+  m.impl("topk_encode_backward", TORCH_BOX(&sae_kernels::topk_encode_backward));
+}
+#endif
