@@ -78,7 +78,8 @@ def total_variance(x: Tensor, weight: Tensor | None = None) -> Tensor:
     """
     acc = accumulator(x.dtype)
     zero = torch.zeros((), dtype=acc, device=x.device)
-    mass, total = zero + x.shape[0] if weight is None else weight.sum(), torch.zeros_like(x[:0].sum(0, dtype=acc))
+    mass = zero + x.shape[0] if weight is None else weight.sum()
+    total = torch.zeros(x.shape[1], dtype=acc, device=x.device)
     for block in _blocks(x):
         part = x[block].to(acc)
         total = total + (part if weight is None else part * weight[block].unsqueeze(-1)).sum(0)
@@ -106,8 +107,8 @@ def auxk_loss(
     """How much of the residual the dead latents leave: |e - e_hat|^2 / |e|^2 (AuxK of Gao et al. 2024).
 
     x, residual [N, d_in], taken as constants; candidates [m] latents, dead [m] bool says which of them count; k <= m.
-    Gradient goes to the dead candidates' rows of W_enc, b_enc and W_dec alone; exactly 0, with gradient 0, where none is
-    dead.
+    Gradient goes to the dead candidates' rows of W_enc, b_enc and W_dec alone; exactly 0, with gradient 0, where none
+    is dead.
     """
     values, indices = topk_encode(
         x.detach(), W_enc[candidates], b_enc[candidates], k, activation=activation, latent_mask=dead

@@ -17,13 +17,14 @@ from .normalize import Normalizer
 class TopKSAE(nn.Module):
     """x_hat = decode(topk(activation(W_enc (norm(x) - b_dec) + b_enc))), undone by the same norm.
 
-    W_enc, W_dec [d_sae, d_in], a row per latent; b_enc [d_sae]; b_dec [d_in]. Rows of W_dec have unit norm at the start;
-    call `constrain(optimizer)` once to keep them so. tied_init: W_enc starts as a copy of W_dec, else Kaiming, independent
-    of it. activation: "relu", "none" or "abs". normalize: see Normalizer; "global" needs `fit_normalizer(x)` first.
+    W_enc, W_dec [d_sae, d_in], a row per latent; b_enc [d_sae]; b_dec [d_in]. Rows of W_dec start with unit norm; call
+    `constrain(optimizer)` once to keep them so. tied_init: W_enc starts as a copy of W_dec, else independent Kaiming.
+    activation: "relu", "none" or "abs". normalize: see Normalizer; "global" needs `fit_normalizer(x)` first.
 
-    A latent is dead after `dead_after` rows of training without firing. AuxK, weighed by aux_coef (0 switches it off), lets
-    up to k_aux dead latents per row explain the residual (default: half of d_in, at most 512), among the quarter of the
-    width that has been silent longest, on the first aux_rows rows of the batch: its cost is bounded whatever the batch.
+    A latent is dead after `dead_after` rows of training without firing. AuxK, weighed by aux_coef (0 switches it off),
+    lets up to k_aux dead latents per row explain the residual (default: half of d_in, at most 512), among the quarter
+    of the width that has been silent longest, on the first aux_rows rows of the batch: its cost is bounded whatever
+    the batch.
 
     x of any leading dimensions and any floating dtype; it is computed in the parameters' dtype and returned in its own.
     Raises TypeError or ValueError naming the argument.
@@ -142,8 +143,8 @@ class TopKSAE(nn.Module):
 
         mse is the ratio of sums: squared error over the batch's variance about its mean, so that the learning rate does
         not depend on the scale of x. weight [...], bool (a mask) or floating and not negative, weighs the rows; rows of
-        weight 0 count nowhere, whatever they hold. In training mode `rows_since_fired` is brought up to date. No host sync
-        on a GPU.
+        weight 0 count nowhere, whatever they hold. In training mode `rows_since_fired` is brought up to date. No host
+        sync on a GPU.
         """
         self._check_input(x)
         shape, rows = x.shape[:-1], x.reshape(-1, self.d_in)
@@ -171,8 +172,8 @@ class TopKSAE(nn.Module):
         return SAELoss(mse + self.aux_coef * aux, mse, aux, l0, code)
 
     def constrain(self, optimizer: torch.optim.Optimizer) -> ConstraintHandle:
-        """Keeps the decoder rows at unit norm: before every optimizer.step() the gradient of W_dec is made orthogonal to
-        the rows, and after it they are renormalised. Returns a handle; handle.remove() undoes it.
+        """Keeps the decoder rows at unit norm: before every optimizer.step() the gradient of W_dec is made orthogonal
+        to the rows, and after it they are renormalised. Returns a handle; handle.remove() undoes it.
 
         Raises ValueError where W_dec is not among the optimiser's parameters.
         """
