@@ -1,0 +1,133 @@
+"""Edits of sparse codes: functions SparseCode -> SparseCode, for `attach(..., edit=...)`; nothing is ever d_sae wide.
+
+latents: an int, a sequence of ints or a 1-d integer tensor, distinct, each in [0, d_sae). Every edit works on the whole
+activation of a latent, also where it stands in several slots of a row or in none, and leaves all other latents alone.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from ..nn.code import SparseCode
+
+Edit = Callable[[SparseCode], SparseCode]
+Latents = int | Sequence[int] | Tensor
+
+
+def mix(latents: Latents, alpha: float) -> Edit:
+    """z -> (1 - alpha) z + alpha s / m on each of the m latents, s = sum of the row's values: the mass s stays.
+
+    alpha in [0, 1] (Spisak et al. 2026). A row that fires nowhere stays so.
+    """
+    chosen = _latents("mix", latents)
+    if chosen.numel() == 0:
+        raise ValueError("mix: latents must name at least one latent")
+    if not 0 <= alpha <= 1:
+        raise ValueError(f"mix: alpha must be between 0 and 1, got {alpha}")
+
+    def edit(code: SparseCode) -> SparseCode:
+        part = code.values.sum(-1, keepdim=True) * (alpha / chosen.numel())
+        return _with_slots(code, code.values * (1 - alpha), chosen, part)
+
+    return edit
+
+
+def set_(latents: Latents, value: float | Tensor) -> Edit:
+    """The latents take this value in every row; value: a number, or one per latent [m]."""
+    chosen, value = _latents("set_", latents), _amount("set_", "value", value, latents)
+    return lambda code: _with_slots(code, _without(code, chosen), chosen, value)
+
+
+def add(latents: Latents, amount: float | Tensor) -> Edit:
+    """The amount is added to the latents in every row, firing or not; amount: a number, or one per latent [m]."""
+    chosen, amount = _latents("add", latents), _amount("add", "amount", amount, latents)
+    return lambda code: _with_slots(code, code.values, chosen, amount)
+
+
+def scale(latents: Latents, factor: float) -> Edit:
+    """The latents are multiplied by the factor where they fire."""
+    chosen = _latents("scale", latents)
+    _amount("scale", "factor", factor, 0)
+
+    def edit(code: SparseCode) -> SparseCode:
+        return code.replace(values=torch.where(_hits(code, chosen), code.values * factor, code.values))
+
+    return edit
+
+
+def suppress(latents: Latents) -> Edit:
+    """The latents fire nowhere."""
+    chosen = _latents("suppress", latents)
+    return lambda code: code.replace(values=_without(code, chosen))
+
+
+def clamp(latents: Latents, low: float | None = None, high: float | None = None) -> Edit:
+    """The latents are brought into [low, high] in every row; low > 0 makes them fire everywhere."""
+    chosen = _latents("clamp", latents)
+    if low is None and high is None:
+        raise ValueError("clamp: low, high or both must be given")
+    if low is not None and high is not None and not low <= high:
+        raise ValueError(f"clamp: low must not be above high, got {low} and {high}")
+
+    def edit(code: SparseCode) -> SparseCode:
+        same = code.indices.unsqueeze(-1) == chosen.to(code.indices)
+        total = torch.where(same, code.values.unsqueeze(-1), 0).sum(-2)
+        return _with_slots(code, _without(code, chosen), chosen, total.clamp(low, high))
+
+    return edit
+
+
+def chain(*edits: Edit) -> Edit:
+    """One edit after the other, from left to right; none at all changes nothing."""
+
+    def edit(code: SparseCode) -> SparseCode:
+        for one in edits:
+            code = one(code)
+        return code
+
+    return edit
+
+
+def _latents(op: str, latents: Latents) -> Tensor:
+    chosen = torch.as_tensor(latents).cpu().reshape(-1)
+    if chosen.numel() == 0:
+        return chosen.long()
+    if chosen.dtype == torch.bool or chosen.is_floating_point() or chosen.is_complex():
+        raise TypeError(f"{op}: latents must be integers, got {chosen.dtype}")
+    if int(chosen.min()) < 0 or chosen.unique().numel() != chosen.numel():
+        raise ValueError(f"{op}: latents must be distinct and not negative, got {chosen.tolist()[:20]}")
+    return chosen.long()
+
+
+def _amount(op: str, name: str, amount: float | Tensor, latents: Latents) -> Tensor:
+    amount, m = torch.as_tensor(amount), torch.as_tensor(latents).numel()
+    if amount.shape not in ((), (m,)):
+        raise ValueError(f"{op}: {name} must be one number or one per latent, ({m},), got {tuple(amount.shape)}")
+    if bool(amount.isnan().any()):
+        raise ValueError(f"{op}: {name} must not be NaN")
+    return amount
+
+
+def _check_range(code: SparseCode, chosen: Tensor) -> None:
+    if chosen.numel() and int(chosen.max()) >= code.d_sae:
+        raise ValueError(f"edit: latents must be in [0, d_sae = {code.d_sae}), got {int(chosen.max())}")
+
+
+def _hits(code: SparseCode, chosen: Tensor) -> Tensor:
+    _check_range(code, chosen)
+    return torch.isin(code.indices, chosen.to(code.indices))
+
+
+def _without(code: SparseCode, chosen: Tensor) -> Tensor:
+    return torch.where(_hits(code, chosen), 0, code.values)
+
+
+def _with_slots(code: SparseCode, values: Tensor, chosen: Tensor, amount: Tensor) -> SparseCode:
+    """The code with these values and m more slots; amount broadcasts to [..., m]."""
+    _check_range(code, chosen)
+    shape = (*values.shape[:-1], chosen.numel())
+    return code.replace(
+        values=torch.cat([values, amount.to(values).expand(shape)], -1),
+        indices=torch.cat([code.indices, chosen.to(code.indices).expand(shape)], -1),
+    )

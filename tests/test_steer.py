@@ -1,0 +1,239 @@
+"""Edits against their dense definitions; the steering table against one computed from dense scores."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sae_kernels import steer
+from sae_kernels.data.histories import Histories
+from sae_kernels.eval.ranking import rank_metrics
+from sae_kernels.nn import SparseCode, TopKSAE
+from sae_kernels.recommenders.elsa import ELSA
+
+D = 13
+LATENTS = [4, 0, 11]
+
+
+def code_of(shape=(6,), k=4, dtype=torch.float64, seed=0, repeats=True):
+    """Codes with zeros, and with latents that stand in two slots of a row."""
+    g = torch.Generator().manual_seed(seed)
+    values = torch.randint(0, 5, (*shape, k), generator=g).to(dtype) / 4
+    indices = torch.rand(*shape, D, generator=g).argsort(-1)[..., :k].to(torch.int32)
+    if repeats and k > 1:
+        indices[..., 1] = indices[..., 0]
+    return SparseCode(values, indices, D, torch.ones(*shape, 1), torch.full((*shape, 1), 2.0))
+
+
+def onto(z, f):
+    """Dense z [..., D] with f applied to the chosen latents."""
+    out = z.clone()
+    out[..., LATENTS] = f(z[..., LATENTS])
+    return out
+
+
+AMOUNTS = torch.tensor([0.5, -1.0, 2.0], dtype=torch.float64)
+CASES = {
+    "mix": (
+        steer.mix(LATENTS, 0.3),
+        lambda z: 0.7 * z + onto(torch.zeros_like(z), lambda c: c + 0.1 * z.sum(-1, keepdim=True)),
+    ),
+    "mix one": (steer.mix(7, 1.0), lambda z: z.sum(-1, keepdim=True) * (torch.arange(D) == 7)),
+    "mix nothing": (steer.mix(LATENTS, 0.0), lambda z: z),
+    "set": (steer.set_(LATENTS, 1.5), lambda z: onto(z, lambda c: torch.full_like(c, 1.5))),
+    "set each": (steer.set_(torch.tensor(LATENTS), AMOUNTS), lambda z: onto(z, lambda c: AMOUNTS.expand_as(c))),
+    "add": (steer.add(LATENTS, -0.25), lambda z: onto(z, lambda c: c - 0.25)),
+    "add each": (steer.add(LATENTS, AMOUNTS), lambda z: onto(z, lambda c: c + AMOUNTS)),
+    "scale": (steer.scale(LATENTS, 3.0), lambda z: onto(z, lambda c: 3 * c)),
+    "suppress": (steer.suppress(LATENTS), lambda z: onto(z, torch.zeros_like)),
+    "clamp": (steer.clamp(LATENTS, 0.5, 1.0), lambda z: onto(z, lambda c: c.clamp(0.5, 1.0))),
+    "clamp high": (steer.clamp(LATENTS, high=0.5), lambda z: onto(z, lambda c: c.clamp(max=0.5))),
+    "chain": (
+        steer.chain(steer.add(LATENTS, 1.0), steer.scale(LATENTS, 2.0), steer.clamp(LATENTS, high=3.0)),
+        lambda z: onto(z, lambda c: (2 * (c + 1)).clamp(max=3.0)),
+    ),
+    "chain of none": (steer.chain(), lambda z: z),
+    "no latents": (steer.set_([], 1.0), lambda z: z),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("shape", [(6,), (2, 3), (), (0,)])
+def test_edits_against_their_dense_definition(name, shape):
+    edit, dense = CASES[name]
+    code = code_of(shape)
+    before = code.values.clone(), code.indices.clone()
+    edited = edit(code)
+    torch.testing.assert_close(edited.to_dense(), dense(code.to_dense()), rtol=1e-14, atol=1e-14)
+    assert edited.indices.dtype == torch.int32 and edited.d_sae == D
+    assert edited.offset is code.offset and edited.scale is code.scale
+    assert torch.equal(code.values, before[0]) and torch.equal(code.indices, before[1])
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.floats(0, 1), st.integers(1, 8), st.lists(st.integers(0, D - 1), min_size=1, unique=True), st.integers(0, 999)
+)
+def test_mix_keeps_the_mass(alpha, k, latents, seed):
+    code = code_of(k=k, seed=seed)
+    edited = steer.mix(latents, alpha)(code)
+    mass = code.values.sum(-1)
+    torch.testing.assert_close(edited.values.sum(-1), mass, rtol=1e-13, atol=0)
+    assert (edited.to_dense()[:, latents] >= (alpha / len(latents) * mass * (1 - 1e-12)).unsqueeze(1)).all()
+    assert edited.values.shape[-1] == k + len(latents)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dtype_stays_and_gradients_flow(dtype):
+    code = code_of(dtype=dtype)
+    leaf = code.values.clone().requires_grad_()
+    edited = steer.chain(steer.mix([2], 0.25), steer.add([3], 1), steer.scale([4], 0.5))(code.replace(values=leaf))
+    assert edited.values.dtype == dtype
+    edited.values.sum().backward()
+    # mix passes (1 - alpha) to the slot and alpha to its latent; scale halves what stands on latent 4
+    slot = torch.where(code.indices == 4, 0.375, 0.75) + 0.25
+    torch.testing.assert_close(leaf.grad, slot.to(dtype))
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "match"),
+    [
+        (lambda: steer.mix([1], 1.5), ValueError, "alpha must be between 0 and 1, got 1.5"),
+        (lambda: steer.mix([], 0.5), ValueError, "mix: latents must name at least one latent"),
+        (lambda: steer.set_([1, 1], 0.5), ValueError, "set_: latents must be distinct"),
+        (lambda: steer.add([-1], 0.5), ValueError, "add: latents must be distinct and not negative"),
+        (lambda: steer.suppress([0.5]), TypeError, "suppress: latents must be integers, got torch.float32"),
+        (lambda: steer.suppress(torch.tensor([True])), TypeError, "latents must be integers, got torch.bool"),
+        (lambda: steer.add([1, 2], torch.ones(3)), ValueError, r"amount must be one number or one per latent, \(2,\)"),
+        (lambda: steer.set_([1], float("nan")), ValueError, "set_: value must not be NaN"),
+        (lambda: steer.scale([1], float("nan")), ValueError, "scale: factor must not be NaN"),
+        (lambda: steer.clamp([1]), ValueError, "clamp: low, high or both"),
+        (lambda: steer.clamp([1], 2.0, 1.0), ValueError, "low must not be above high, got 2.0 and 1.0"),
+        (lambda: steer.mix([D], 0.5)(code_of()), ValueError, rf"latents must be in \[0, d_sae = {D}\), got {D}"),
+        (lambda: steer.suppress([D])(code_of()), ValueError, "latents must be in"),
+        (lambda: steer.clamp([D], 0, 1)(code_of()), ValueError, "latents must be in"),
+    ],
+)
+def test_bad_edits(make, error, match):
+    with pytest.raises(error, match=match):
+        make()
+
+
+N_ITEMS, N_USERS = 30, 24
+
+
+def world():
+    torch.manual_seed(0)
+    model, sae = ELSA(N_ITEMS, 8), TopKSAE(8, 16, 4)
+    rows = [torch.randperm(N_ITEMS)[:8].tolist() for _ in range(N_USERS)]
+    histories = Histories.from_lists([row[:5] for row in rows], N_ITEMS)
+    return model, sae, histories, Histories.from_lists([row[5:] for row in rows], N_ITEMS)
+
+
+def dense_scores(model, sae, histories, edit):
+    x = histories.batch()
+    with torch.no_grad():
+        return model.decoder(sae.decode(edit(sae.encode(model.encoder(x))))) - x
+
+
+@pytest.mark.parametrize("as_codes", [False, True])
+def test_table_against_dense_scores(as_codes):
+    model, sae, histories, targets = world()
+    items = torch.tensor([3, 8, 9, 21])
+    member = torch.zeros(N_ITEMS, dtype=torch.bool).index_fill_(0, items, True)
+    before = model.score_histories(*histories.bags())
+
+    def edit_at(alpha):
+        return steer.mix([5, 2], alpha)
+
+    table = steer.steering_table(
+        steer.attached(model, sae), edit_at, items if as_codes else member, histories, targets, k=6, batch_size=7
+    )
+    assert [row.strength for row in table] == [0.0, 0.1, 0.2, 0.3, 0.5] and {row.k for row in table} == {6}
+    seen = histories.batch(None, torch.bool)
+    for row in table:
+        scores = dense_scores(model, sae, histories, edit_at(row.strength))
+        top = scores.masked_fill(seen, -torch.inf).topk(6).indices
+        assert row.concept_share == pytest.approx(member[top].double().mean().item(), rel=1e-6)
+        personal = rank_metrics(lambda rows, s=scores: s[rows], histories, targets, 6)["ndcg@6"]
+        assert row.ndcg == pytest.approx(personal, rel=1e-9)
+        unseen = Histories.from_lists([[i for i in items.tolist() if not seen[u, i]] for u in range(N_USERS)], N_ITEMS)
+        segment = rank_metrics(lambda rows, s=scores: s[rows], histories, unseen, 6)["ndcg@6"]
+        assert row.segment_ndcg == pytest.approx(segment, rel=1e-9)
+    assert torch.equal(model.score_histories(*histories.bags()), before)
+
+
+def test_steering_towards_a_concept_lists_more_of_it():
+    model, sae, histories, targets = world()
+    with torch.no_grad():
+        sae.W_dec[5] = model.encoder.items()[[3, 8, 9]].mean(0) * 3
+    table = steer.steering_table(
+        steer.attached(model, sae), lambda a: steer.mix(5, a), torch.tensor([3, 8, 9]), histories, targets, k=6
+    )
+    assert table[-1].concept_share > table[0].concept_share + 0.1
+    assert table[-1].segment_ndcg > table[0].segment_ndcg + 0.1
+
+
+def test_error_term_leaves_strength_zero_as_the_base_model():
+    model, sae, histories, targets = world()
+    steered = steer.attached(model, sae, error_term=True)
+    table = steer.steering_table(
+        steered, lambda a: steer.mix(5, a), torch.tensor([3]), histories, targets, strengths=(0.0,), k=6
+    )
+    base = rank_metrics(model, histories, targets, 6)["ndcg@6"]
+    plain = steer.steering_table(
+        steer.attached(model, sae), lambda a: steer.mix(5, a), [3], histories, targets, strengths=(0.0,), k=6
+    )
+    assert table[0].ndcg == base != plain[0].ndcg
+
+
+def test_users_who_have_the_whole_concept_are_left_out_of_the_segment():
+    model, sae, _, _ = world()
+    histories = Histories.from_lists([[0, 1], [0]], N_ITEMS)
+    targets = Histories.from_lists([[2], [3]], N_ITEMS)
+    scores = torch.zeros(2, N_ITEMS)
+    scores[:, 1] = 1
+
+    def table(items):
+        return steer.steering_table(
+            lambda edit: _Given(scores), lambda a: steer.suppress([1]), items, histories, targets, strengths=(0,), k=2
+        )[0]
+
+    assert table([0, 1]).segment_ndcg == 1 and table([0, 1]).concept_share == 1 / 4
+    assert math.isnan(table([0]).segment_ndcg)
+
+
+class _Given:
+    """A context that gives fixed scores."""
+
+    def __init__(self, scores):
+        self.scores = scores
+
+    def __enter__(self):
+        return lambda rows: self.scores[rows]
+
+    def __exit__(self, *_):
+        return None
+
+
+@pytest.mark.parametrize(
+    ("items", "error", "match"),
+    [
+        (torch.zeros(4, dtype=torch.bool), ValueError, r"concept_items must be bool \[n_items = 30\], got \(4,\)"),
+        (torch.ones(4), TypeError, "concept_items must be bool or 1-d integers, got torch.float32"),
+        ([30], ValueError, r"concept_items must be in \[0, n_items = 30\), got 30 to 30"),
+        (torch.zeros(30, dtype=torch.bool), ValueError, "names no item"),
+        ([], ValueError, "names no item"),
+    ],
+)
+def test_bad_concept_items(items, error, match):
+    model, sae, histories, targets = world()
+    with pytest.raises(error, match=match):
+        steer.steering_table(steer.attached(model, sae), lambda a: steer.mix(1, a), items, histories, targets)
+
+
+def test_attached_needs_a_place():
+    with pytest.raises(ValueError, match="name must be given, Linear has no hook_point"):
+        steer.attached(torch.nn.Linear(2, 2), TopKSAE(2, 4, 1))
