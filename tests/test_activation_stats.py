@@ -1,4 +1,4 @@
-"""ActivationStats against dense fp64 and exact rational oracles; the same bits from every split, merge, backend and thread count."""
+"""ActivationStats against dense fp64 and exact rational oracles; the same bits however split."""
 
 import os
 from fractions import Fraction
@@ -21,7 +21,8 @@ FULL = {"histogram": True, "top": 4, "cooccurrence": True}
 def codes(rows, k, d_sae=D, dtype=torch.float32, seed=0):
     """About a third zeros, both signs, many ties, magnitudes from 2^-30 to 2^10; distinct indices in a row."""
     g = torch.Generator().manual_seed(seed)
-    values = torch.randn(rows, k, generator=g, dtype=torch.float64) * 2.0 ** torch.randint(-30, 10, (rows, k), generator=g)
+    values = torch.randn(rows, k, generator=g, dtype=torch.float64)
+    values *= 2.0 ** torch.randint(-30, 10, (rows, k), generator=g)
     ties = torch.randint(-1, 3, (rows, k), generator=g).double()
     values = torch.where(torch.rand(rows, k, generator=g) < 0.5, ties, values).to(dtype)
     return values, torch.rand(rows, d_sae, generator=g).argsort(1)[:, :k].to(torch.int32)
@@ -73,7 +74,8 @@ def test_against_dense_oracle(name, dtype, index_dtype):
     assert not stats.rejected.any()
     for f in range(D):
         rows = sorted((-z[r, f].item(), r) for r in on[:, f].nonzero().flatten().tolist())[:4]
-        assert stats.top_values[f].tolist() == [-v for v, _ in rows] and stats.top_ids[f].tolist() == [r for _, r in rows]
+        assert stats.top_values[f].tolist() == [-v for v, _ in rows]
+        assert stats.top_ids[f].tolist() == [r for _, r in rows]
         exact = [Fraction(v) for v in z[:, f].tolist()]
         # each entry is rounded once, by at most 2^-65; the last rounding to float64 costs a few of its 2^-53
         for got, want in ((stats.sum[f], sum(exact)), (stats.sum_sq[f], sum(v * v for v in exact))):
@@ -249,7 +251,7 @@ def test_cooccurrence_of_a_subset(name):
 @pytest.mark.parametrize(
     ("change", "error", "match"),
     [
-        ({"indices": torch.full((3, 2), D)}, ValueError, rf"indices must be in \[0, d_sae = {D}\), got values from {D}"),
+        ({"indices": torch.full((3, 2), D)}, ValueError, rf"must be in \[0, d_sae = {D}\), got values from {D}"),
         ({"indices": torch.tensor([[0, 1], [0, -1], [0, 1]])}, ValueError, "indices must be in .* from -1 to 1"),
         ({"indices": torch.zeros(3, 2)}, TypeError, "indices must be int32 or int64, got torch.float32"),
         ({"indices": torch.zeros(3, 1, dtype=torch.int64)}, ValueError, r"values \(3, 2\) and indices \(3, 1\)"),
@@ -257,7 +259,7 @@ def test_cooccurrence_of_a_subset(name):
         ({"values": [[1.0]]}, TypeError, "values must be a tensor, got list"),
         ({"values": torch.ones(3, 2, device="meta")}, ValueError, "values is on meta and the state is on cpu"),
         ({"ids": torch.zeros(3)}, TypeError, "ids must be torch.int32 or torch.int64, got torch.float32"),
-        ({"ids": torch.zeros(2, dtype=torch.int64)}, ValueError, r"ids must have one entry per row, \(3,\), got \(2,\)"),
+        ({"ids": torch.zeros(2, dtype=torch.int64)}, ValueError, r"ids must have one entry per row, .* got \(2,\)"),
         ({"mask": torch.ones(3)}, TypeError, "mask must be torch.bool, got torch.float32"),
         ({"mask": torch.ones(3, 2, dtype=torch.bool)}, ValueError, "mask must have one entry per row"),
     ],

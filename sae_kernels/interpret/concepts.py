@@ -13,11 +13,11 @@ from ..ops import _checks
 class ConceptScores:
     """Every concept against every latent; all [n_concepts, d_sae] float64 but the last three.
 
-    auc: chance that a row with the concept has a larger value than one without, ties counting half. precision and recall
-    of "the latent fires" (value not 0), f1 of both. correlation: Pearson's (point-biserial) of the value with the label.
-    together: rows with the concept in which the latent fires, int64. AUC and correlation are NaN for a concept that all
-    rows or none have; correlation is 0 for a latent of constant value, precision 0 for one that never fires.
-    support [n_concepts] int64: rows with the concept; firings [d_sae] int64; rows: int.
+    auc: chance that a row with the concept has a larger value than one without, ties counting half. precision and
+    recall of "the latent fires" (value not 0), f1 of both. correlation: Pearson's (point-biserial) of the value with
+    the label. together: rows with the concept in which the latent fires, int64. AUC and correlation are NaN for a
+    concept that all rows or none have; correlation is 0 for a latent of constant value, precision 0 for one that
+    never fires. support [n_concepts] int64: rows with the concept; firings [d_sae] int64; rows: int.
     """
 
     auc: Tensor
@@ -56,9 +56,9 @@ class ConceptLatent:
 def concept_scores(values: Tensor, indices: Tensor, d_sae: int, labels: Tensor) -> ConceptScores:
     """Scores every latent as a detector of every concept.
 
-    values [rows, k] floating and indices [rows, k] int32 or int64: the codes of items, or of positions, a latent at most
-    once in a row; labels [rows, n_concepts] bool. Time and memory go with rows * k, the number of True labels * k, and
-    n_concepts * d_sae. Raises TypeError or ValueError that names the argument.
+    values [rows, k] floating and indices [rows, k] int32 or int64: the codes of items, or of positions, a latent at
+    most once in a row; labels [rows, n_concepts] bool. Time and memory go with rows * k, the number of True labels *
+    k, and n_concepts * d_sae. Raises TypeError or ValueError that names the argument.
     """
     _check("concept_scores", values, indices, d_sae, labels)
     if labels.dtype != torch.bool:
@@ -103,8 +103,8 @@ def best_latents(
 ) -> list[ConceptLatent]:
     """For each concept the latent with the best score, concepts in their own order.
 
-    by: "auc", "f1", "precision", "recall", "correlation" or "lift"; equal scores go to the lower latent. Only latents that
-    fire in min_support rows of the concept are looked at; a concept without one is left out.
+    by: "auc", "f1", "precision", "recall", "correlation" or "lift"; equal scores go to the lower latent. Only latents
+    that fire in min_support rows of the concept are looked at; a concept without one is left out.
     """
     if by not in ("auc", "f1", "precision", "recall", "correlation", "lift"):
         raise ValueError(f"best_latents: by must be auc, f1, precision, recall, correlation or lift, got {by!r}")
@@ -123,7 +123,7 @@ def best_latents(
 def name_latents(
     scores: ConceptScores, names: Sequence[str], *, min_auc: float = 0.6, min_lift: float = 2.0, min_support: int = 5
 ) -> dict[int, ConceptLatent]:
-    """Latent -> the concept of the highest AUC among those with AUC >= min_auc, lift >= min_lift and >= min_support joint rows.
+    """Latent -> its concept of the highest AUC among those that pass all three bounds; min_support as in best_latents.
 
     Latents without such a concept are absent.
     """
@@ -138,9 +138,10 @@ def concept_tfidf(
 ) -> Tensor:
     """TF-IDF weights of latents for concepts, [n_concepts, d_sae] float64 (Spisak et al. 2026).
 
-    A concept's mass on a latent is the latent's mean |value| over the concept's rows. "characterises": a concept is a document
-    of latents; "unique": a latent is a document of concepts. labels [rows, n_concepts]: bool, or weights >= 0 such as
-    counts of a tag. The rest as concept_scores. The m largest of a row are the latents to steer a concept with.
+    A concept's mass on a latent is the latent's mean |value| over the concept's rows. "characterises": a concept is a
+    document of latents; "unique": a latent is a document of concepts. labels [rows, n_concepts]: bool, or weights >=
+    0 such as counts of a tag. The rest as concept_scores. The m largest of a row are the latents to steer a concept
+    with.
     """
     _check("concept_tfidf", values, indices, d_sae, labels)
     if orientation not in ("characterises", "unique"):
@@ -161,7 +162,7 @@ def concept_tfidf(
 
 
 def _ranks(values: Tensor, indices: Tensor, fires: Tensor, d_sae: int) -> tuple[Tensor, Tensor]:
-    """Mid-rank of every firing entry among all rows of its latent (0 elsewhere) [rows, k], and that of the zeros [d_sae].
+    """Mid-rank of every firing entry among all rows of its latent (0 elsewhere) [rows, k]; that of the zeros [d_sae].
 
     The rows in which a latent does not fire are one tie at 0, between the negative and the positive values.
     """
@@ -226,7 +227,8 @@ def _check(op: str, values: Tensor, indices: Tensor, d_sae: int, labels: Tensor)
     _checks.integer(op, "d_sae", d_sae, 1, 2**31 - 1)
     _checks.floating(op, values=values)
     if values.shape != indices.shape:
-        raise ValueError(f"{op}: values {tuple(values.shape)} and indices {tuple(indices.shape)} must both be [rows, k]")
+        shapes = f"values {tuple(values.shape)} and indices {tuple(indices.shape)}"
+        raise ValueError(f"{op}: {shapes} must both be [rows, k]")
     if indices.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"{op}: indices must be int32 or int64, got {indices.dtype}")
     if labels.shape[0] != values.shape[0]:

@@ -1,4 +1,4 @@
-"""ActivationStats: what every latent did over a stream of sparse codes, the same bits whatever the batches and merges."""
+"""ActivationStats: what each latent did over a stream of sparse codes, the same bits however it was split."""
 
 import torch
 from torch import Tensor
@@ -11,15 +11,11 @@ _lib.define(
     "activation_stats_update(Tensor values, Tensor indices, Tensor(a!) counts, Tensor(b!) sums, Tensor(c!) maximum, "
     "Tensor(d!) last, Tensor(e!) rejected, int row) -> ()"
 )
-_lib.define(
-    "activation_stats_histogram(Tensor values, Tensor indices, Tensor(a!) table, int low, int bits) -> ()"
-)
+_lib.define("activation_stats_histogram(Tensor values, Tensor indices, Tensor(a!) table, int low, int bits) -> ()")
 _lib.define(
     "activation_stats_top(Tensor values, Tensor indices, Tensor ids, Tensor(a!) top_values, Tensor(b!) top_ids) -> ()"
 )
-_lib.define(
-    "activation_stats_cooccurrence(Tensor values, Tensor indices, Tensor? position, Tensor(a!) table) -> ()"
-)
+_lib.define("activation_stats_cooccurrence(Tensor values, Tensor indices, Tensor? position, Tensor(a!) table) -> ()")
 KERNELS = ("update", "histogram", "top", "cooccurrence")
 
 
@@ -34,19 +30,20 @@ for _name in KERNELS:
 class ActivationStats:
     """Per-latent statistics of streamed (values, indices) batches.
 
-    d_sae: number of latents. histogram: True, or (low, high, per_octave): bins of |value| from 2^low to 2^high, per_octave
-    (a power of two) equal bins to each doubling; True is (-20, 12, 8). top: keep the n largest values of each latent with
-    their ids. cooccurrence: True for all latents (8 d_sae^2 bytes), or a 1-d integer tensor of the latents to count among.
-    first_row: number of the first row; give shards of one stream their place in it. device: where the state lives.
+    d_sae: number of latents. histogram: True, or (low, high, per_octave): bins of |value| from 2^low to 2^high,
+    per_octave (a power of two) equal bins to each doubling; True is (-20, 12, 8). top: keep the n largest values of
+    each latent with their ids. cooccurrence: True for all latents (8 d_sae^2 bytes), or a 1-d integer tensor of the
+    latents to count among. first_row: number of the first row; give shards of one stream their place in it. device:
+    where the state lives.
 
-    A firing is an entry whose value is not 0. NaN, Inf and magnitudes of 2^22 or more are counted in `rejected` and nowhere
-    else. Sums are exact: each value and its square is rounded once to a multiple of 2^-64 and added as integers, so every
-    split into batches, merging order and number of threads gives the same bits. A latent is expected once in a row;
-    repeats count each time.
+    A firing is an entry whose value is not 0. NaN, Inf and magnitudes of 2^22 or more are counted in `rejected` and
+    nowhere else. Sums are exact: each value and its square is rounded once to a multiple of 2^-64 and added as
+    integers, so every split into batches, merging order and number of threads gives the same bits. A latent is
+    expected once in a row; repeats count each time.
 
     Rows are numbered as they come, masked rows not counted: the ids that `top` keeps where none are given, and what
-    `last_fired` holds. Merging takes the larger `last_fired` and `next_row`; shards that all number from 0 therefore keep
-    the position within their own stream.
+    `last_fired` holds. Merging takes the larger `last_fired` and `next_row`; shards that all number from 0 therefore
+    keep the position within their own stream.
     """
 
     def __init__(
@@ -89,8 +86,8 @@ class ActivationStats:
     def update(self, values: Tensor, indices: Tensor, ids: Tensor | None = None, mask: Tensor | None = None) -> None:
         """Adds a batch.
 
-        values [..., k] floating; indices [..., k] int32 or int64 in [0, d_sae); ids [...] int32 or int64, the names of the rows
-        that `top` keeps (their numbers where None); mask [...] bool, False for rows that count nowhere.
+        values [..., k] floating; indices [..., k] int32 or int64 in [0, d_sae); ids [...] int32 or int64, the names
+        of the rows that `top` keeps (their numbers where None); mask [...] bool, False for rows that count nowhere.
         Raises TypeError or ValueError that names the argument, before anything is changed.
         """
         self._check(values, indices, ids, mask)
@@ -111,7 +108,9 @@ class ActivationStats:
         native = pick(values.device) != "reference"
 
         def kernel(name: str):
-            return getattr(torch.ops.sae_kernels, f"activation_stats_{name}") if native else getattr(reference_stats, name)
+            if native:
+                return getattr(torch.ops.sae_kernels, f"activation_stats_{name}")
+            return getattr(reference_stats, name)
 
         kernel("update")(
             values, indices, self.counts, self._sums, self._max, self.last_fired, self.rejected, self.next_row
@@ -132,7 +131,8 @@ class ActivationStats:
         _checks.tensor(op, "indices", indices)
         _checks.floating(op, values=values)
         if values.dim() == 0 or values.shape != indices.shape:
-            raise ValueError(f"{op}: values {tuple(values.shape)} and indices {tuple(indices.shape)} must both be [..., k]")
+            shapes = f"values {tuple(values.shape)} and indices {tuple(indices.shape)}"
+            raise ValueError(f"{op}: {shapes} must both be [..., k]")
         if indices.dtype not in (torch.int32, torch.int64):
             raise TypeError(f"{op}: indices must be int32 or int64, got {indices.dtype}")
         _checks.same_device(op, "the state", self.counts, "values", values)
@@ -144,7 +144,8 @@ class ActivationStats:
             if t.dtype not in dtypes:
                 raise TypeError(f"{op}: {name} must be {' or '.join(map(str, dtypes))}, got {t.dtype}")
             if t.shape != values.shape[:-1]:
-                raise ValueError(f"{op}: {name} must have one entry per row, {tuple(values.shape[:-1])}, got {tuple(t.shape)}")
+                rows = tuple(values.shape[:-1])
+                raise ValueError(f"{op}: {name} must have one entry per row, {rows}, got {tuple(t.shape)}")
             _checks.same_device(op, "values", values, name, t)
 
     def _check_range(self, indices: Tensor) -> None:
@@ -188,7 +189,7 @@ class ActivationStats:
 
     @property
     def bin_edges(self) -> Tensor:
-        """[bins + 1] float64: edges of the histogram; its first column counts below the first edge, its last above the last."""
+        """[bins + 1] float64: edges of the histogram; its first and last columns count what lies outside them."""
         if self._bins is None:
             raise ValueError("ActivationStats was made with histogram=False, so it has no bins")
         low, high, per_octave = self._bins
@@ -199,9 +200,9 @@ class ActivationStats:
     def quantile(self, q: float | Tensor) -> Tensor:
         """Quantiles of |value| over the firings, from the histogram.
 
-        q: float or tensor, in [0, 1] -> [*q.shape, d_sae] float64; 0 where the latent never fired. The right bin is always
-        hit, so the error is at most 1 / per_octave of the value, inside the range of the histogram; beyond it the nearest
-        end is given (0 to 2^low below). Raises ValueError without a histogram or for q outside [0, 1].
+        q: float or tensor, in [0, 1] -> [*q.shape, d_sae] float64; 0 where the latent never fired. The right bin is
+        always hit, so the error is at most 1 / per_octave of the value, inside the range of the histogram; beyond it
+        the nearest end is given (0 to 2^low below). Raises ValueError without a histogram or for q outside [0, 1].
         """
         device = self.counts.device
         edges = self.bin_edges.to(device)
@@ -227,7 +228,7 @@ class ActivationStats:
         return self
 
     def merge(self, other: "ActivationStats") -> "ActivationStats":
-        """Adds what another one of the same settings has seen; returns self. Raises ValueError where the settings differ."""
+        """Adds what another one of the same settings has seen; returns self. ValueError where the settings differ."""
         if not isinstance(other, ActivationStats):
             raise TypeError(f"merge: other must be ActivationStats, got {type(other).__name__}")
         if other is self:
@@ -253,7 +254,7 @@ class ActivationStats:
         self.top_values, self.top_ids = values.gather(1, order), ids.gather(1, order)
 
     def all_reduce(self) -> "ActivationStats":
-        """Leaves in every process of torch.distributed the merge of all of them; does nothing where it is not initialised.
+        """Leaves the merge of all in every process of torch.distributed; does nothing where that is not initialised.
 
         Once, at the end: a second call would count the shares of the others again. Returns self.
         """
@@ -296,7 +297,7 @@ class ActivationStats:
         return state
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Takes over a state saved with the same settings; raises ValueError naming what does not fit, changing nothing."""
+        """Takes over a state saved with the same settings; ValueError names what does not fit, changing nothing."""
         self._check_same(state, "load_state_dict: state")
         self.rows, self.next_row = (int(x) for x in state["rows"])
         for name, mine in self.state_dict().items():
@@ -310,9 +311,8 @@ class ActivationStats:
             raise ValueError(f"{what} does not fit: missing keys {missing}, unexpected keys {unexpected}")
         for name, t in mine.items():
             if t.shape != state[name].shape or t.dtype != state[name].dtype:
-                raise ValueError(
-                    f"{what}: {name} must be {t.dtype} {tuple(t.shape)}, got {state[name].dtype} {tuple(state[name].shape)}"
-                )
+                came = f"{state[name].dtype} {tuple(state[name].shape)}"
+                raise ValueError(f"{what}: {name} must be {t.dtype} {tuple(t.shape)}, got {came}")
             if name in ("bins", "cooccurrence_latents") and not torch.equal(t.cpu(), state[name].cpu()):
                 raise ValueError(f"{what}: {name} must be {t.tolist()}, got {state[name].tolist()}")
 

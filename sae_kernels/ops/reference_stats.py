@@ -1,7 +1,7 @@
 """Plain torch versions of the four kernels of ActivationStats: any device, and the same bits as the native ones.
 
-values [N, k] float32 or float64 and indices [N, k] are checked by the caller. An entry counts as a firing where its value
-is not 0 and its magnitude is below LIMIT; every state tensor is changed in place.
+values [N, k] float32 or float64 and indices [N, k] are checked by the caller. An entry counts as a firing where its
+value is not 0 and its magnitude is below LIMIT; every state tensor is changed in place.
 """
 
 import torch
@@ -18,7 +18,7 @@ def fired(values: Tensor) -> Tensor:
 
 
 def carry(limbs: Tensor) -> Tensor:
-    """limbs [..., 4] int64 of units 2^-64, 2^-32, 1, 2^32 -> the same number with the first three in [0, 2^32), in place."""
+    """limbs [..., 4] int64 of units 2^-64, 2^-32, 1, 2^32: the same number with three in [0, 2^32), in place."""
     for i in range(3):
         limbs[..., i + 1] += limbs[..., i] >> 32
         limbs[..., i] &= _BASE - 1
@@ -45,9 +45,16 @@ def _limbs(x: Tensor) -> Tensor:
 
 
 def update(
-    values: Tensor, indices: Tensor, counts: Tensor, sums: Tensor, maximum: Tensor, last: Tensor, rejected: Tensor, row: int
+    values: Tensor,
+    indices: Tensor,
+    counts: Tensor,
+    sums: Tensor,
+    maximum: Tensor,
+    last: Tensor,
+    rejected: Tensor,
+    row: int,
 ) -> None:
-    """counts, last, rejected [d_sae] int64; sums [d_sae, 2, 4] int64; maximum [d_sae] float64; row: number of the first row."""
+    """counts, last, rejected [d_sae] int64; sums [d_sae, 2, 4] int64; maximum [d_sae] float64; row: that of values[0]."""
     d_sae, k = counts.shape[0], values.shape[1]
     fire = fired(values)
     rejected += torch.bincount(indices[(values != 0) & ~fire], minlength=d_sae)
@@ -72,7 +79,7 @@ def histogram(values: Tensor, indices: Tensor, table: Tensor, low: int, bits: in
 
 
 def top(values: Tensor, indices: Tensor, ids: Tensor, top_values: Tensor, top_ids: Tensor) -> None:
-    """ids [N] int64; top_values [d_sae, n] float64 and top_ids [d_sae, n] int64, by value descending, then id ascending."""
+    """ids [N] int64; top_values [d_sae, n] float64, top_ids [d_sae, n] int64: by value descending, id ascending."""
     d_sae, n = top_values.shape
     indices, x = indices.long(), values.double()
     keep = fired(values) & (x >= top_values[indices, -1])
