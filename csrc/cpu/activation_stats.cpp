@@ -90,6 +90,7 @@ void add_limbs(int64_t* limbs, i128 x) {
   limbs[3] += carry + static_cast<int64_t>(x >> 96);
 }
 
+struct Nothing {};
 struct State { int64_t *counts, *sums, *last, *rejected; double* maximum; };
 
 // adds the tables to the state and clears them
@@ -124,15 +125,16 @@ void with_entries(const Tensor& values, const Tensor& indices, F&& f) {
   values.scalar_type() == ScalarType::Float ? with_values(float{}) : with_values(double{});
 }
 
-// f(latent, value, row) for every firing, rows spread over the threads
-template <class F>
+// f(own, latent, value, row) for every firing, rows spread over the threads; each run of rows has an Own of its own
+template <class Own, class F>
 void for_firings(const Tensor& values, const Tensor& indices, F&& f) {
   const int64_t rows = values.size(0), k = values.size(1);
   with_entries(values, indices, [&](const auto* value, const auto* index) {
     torch::stable::parallel_for(0, rows, 1 + 16384 / (k + 1), [&](int64_t from, int64_t to) {
+      Own own;
       for (int64_t r = from; r < to; ++r)
         for (int64_t e = r * k; e < (r + 1) * k; ++e)
-          if (fires(value[e])) f(static_cast<int64_t>(index[e]), static_cast<double>(value[e]), r);
+          if (fires(value[e])) f(own, static_cast<int64_t>(index[e]), static_cast<double>(value[e]), r);
     });
   });
 }
@@ -163,12 +165,29 @@ void update(Tensor values, Tensor indices, Tensor counts, Tensor sums, Tensor ma
   }
 }
 
+// a locked add lets no later miss start, so each cell is called for some firings ahead
+struct Counter {
+  static constexpr size_t kAhead = 32;
+  int64_t* pending[kAhead] = {};
+  size_t place = 0;
+
+  void add(int64_t* cell) {
+    __builtin_prefetch(cell, 1);
+    std::swap(cell, pending[place++ % kAhead]);
+    if (cell) count_up(cell);
+  }
+  ~Counter() {
+    for (int64_t* cell : pending)
+      if (cell) count_up(cell);
+  }
+};
+
 void histogram(Tensor values, Tensor indices, Tensor table, int64_t low, int64_t bits) {
   const int64_t columns = table.size(1), first = (1023 + low) * (int64_t{1} << bits) - 1;
   int64_t* cells = mutable_data<int64_t>(table);
-  for_firings(dense(values), dense(indices), [&](int64_t latent, double value, int64_t) {
+  for_firings<Counter>(dense(values), dense(indices), [&](Counter& counter, int64_t latent, double value, int64_t) {
     const int64_t number = (std::bit_cast<int64_t>(std::abs(value)) >> (52 - bits)) - first;
-    count_up(cells + latent * columns + std::clamp<int64_t>(number, 0, columns - 1));
+    counter.add(cells + latent * columns + std::clamp<int64_t>(number, 0, columns - 1));
   });
 }
 
@@ -179,7 +198,7 @@ void top(Tensor values, Tensor indices, Tensor ids, Tensor top_values, Tensor to
   double* kept = mutable_data<double>(top_values);
   int64_t* kept_ids = mutable_data<int64_t>(top_ids);
   std::vector<std::atomic_flag> locks(kLocks);
-  for_firings(dense(values), dense(indices), [&](int64_t latent, double value, int64_t row) {
+  for_firings<Nothing>(dense(values), dense(indices), [&](Nothing, int64_t latent, double value, int64_t row) {
     double* v = kept + latent * n;
     int64_t* i = kept_ids + latent * n;
     const auto cell = [](double& x) { return std::atomic_ref<double>(x); };

@@ -54,7 +54,7 @@ def update(
     rejected: Tensor,
     row: int,
 ) -> None:
-    """counts, last, rejected [d_sae] int64; sums [d_sae, 2, 4] int64; maximum [d_sae] float64; row: that of values[0]."""
+    """counts, last, rejected [d_sae] int64; sums [d_sae, 2, 4] int64; maximum [d_sae] float64; row: of values[0]."""
     d_sae, k = counts.shape[0], values.shape[1]
     fire = fired(values)
     rejected += torch.bincount(indices[(values != 0) & ~fire], minlength=d_sae)
