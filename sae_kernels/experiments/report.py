@@ -1,0 +1,242 @@
+"""report.html of a demo run: one file with its plots, to be opened anywhere."""
+
+import math
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from ..train.checkpoint import need
+
+BASE, SAE, ACCENT, MUTED = "#9aa7b5", "#2a6f97", "#d1793b", "#5c6873"
+PALETTE = ("#2a6f97", "#d1793b", "#4f8a5b", "#8b5a8f", "#b8963e")
+FONT = "Inter, 'Segoe UI', 'Helvetica Neue', Arial, 'Liberation Sans', sans-serif"
+AUC_BARS = 40
+
+STYLE = f"""
+:root {{ color-scheme: light; }}
+* {{ box-sizing: border-box; }}
+body {{ margin: 0; background: #f5f6f8; color: #1f2933; font: 16px/1.55 {FONT}; }}
+main {{ max-width: 1080px; margin: 0 auto; padding: 40px 24px 72px; }}
+h1 {{ font-size: 30px; line-height: 1.2; margin: 0 0 6px; letter-spacing: -.01em; }}
+h2 {{ font-size: 20px; margin: 0 0 4px; }}
+.lead, .note {{ color: {MUTED}; margin: 0; max-width: 78ch; }}
+.note {{ font-size: 14.5px; margin-bottom: 12px; }}
+section {{ background: #fff; border: 1px solid #e4e8ec; border-radius: 10px; padding: 22px 24px; margin-top: 20px; }}
+.cards {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: 12px; margin-top: 24px; }}
+.card {{ background: #fff; border: 1px solid #e4e8ec; border-radius: 10px; padding: 14px 16px; }}
+.card b {{ display: block; font-size: 25px; font-weight: 650; font-variant-numeric: tabular-nums; line-height: 1.25; }}
+.card span {{ color: {MUTED}; font-size: 13.5px; line-height: 1.35; display: block; }}
+.two {{ display: grid; grid-template-columns: 1fr 1fr; gap: 20px; }}
+.two section {{ min-width: 0; }}
+@media (max-width: 820px) {{ .two {{ grid-template-columns: 1fr; gap: 0; }} }}
+table {{ border-collapse: collapse; width: 100%; font-size: 14px; }}
+th, td {{ text-align: left; padding: 6px 10px 6px 0; border-bottom: 1px solid #edf0f2; vertical-align: top; }}
+th {{ color: {MUTED}; font-weight: 600; position: sticky; top: 0; background: #fff; }}
+td.n, th.n {{ text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; padding-right: 18px; }}
+.scroll {{ max-height: 520px; overflow: auto; }}
+.tag {{ background: #e3eef5; color: #1d4e6b; border-radius: 5px; padding: 1px 7px; white-space: nowrap; }}
+.soft {{ color: {MUTED}; }}
+input {{ font: inherit; font-size: 14.5px; padding: 7px 11px; border: 1px solid #cfd6dc; border-radius: 7px; width: 280px; margin-bottom: 10px; }}
+footer {{ color: {MUTED}; font-size: 13.5px; margin-top: 24px; }}
+"""
+
+FILTER = """
+document.getElementById('find').addEventListener('input', function (event) {
+  const wanted = event.target.value.toLowerCase();
+  for (const row of document.querySelectorAll('#latents tbody tr'))
+    row.style.display = row.textContent.toLowerCase().includes(wanted) ? '' : 'none';
+});
+"""
+
+
+def write_report(results: dict[str, Any], path: Path) -> None:
+    """Writes the page for what run_demo returns. Needs plotly, whose JavaScript goes into the page once."""
+    path.write_text(render(results), encoding="utf-8")
+
+
+def render(results: dict[str, Any]) -> str:
+    """The whole page as text."""
+    script = need("plotly.offline", "the report", "demo").get_plotlyjs()
+    config = results["config"]
+    title = f"{config['model'].upper()} through a sparse autoencoder"
+    body = [
+        f"<h1>{escape(title)}</h1><p class='lead'>{escape(_lead(results))}</p>",
+        _cards(results),
+        "<div class='two'>",
+        _section("What the SAE costs", "Ranking of held-out users, original model against the model that runs through the SAE.",
+                 _plot(_ranking_figure(results))),
+        _section("Training", "Share of the embeddings' variance that stays unexplained, and latents that fire no more.",
+                 _plot(_training_figure(results))),
+        "</div>",
+        _concepts_section(results),
+        _steering_section(results),
+        _section("How often latents fire", "Each latent by the share of training rows on which it is among the active ones; "
+                 f"{results['dead_share']:.2%} of {results['d_sae']:,} never fire.", _plot(_density_figure(results))),
+        _latents_section(results),
+        f"<footer>{escape(_foot(results))}</footer>",
+    ]  # fmt: skip
+    return (
+        "<!doctype html><html lang='en'><head><meta charset='utf-8'>"
+        "<meta name='viewport' content='width=device-width, initial-scale=1'>"
+        f"<title>{escape(title)}</title><style>{STYLE}</style><script>{script}</script></head>"
+        f"<body><main>{''.join(body)}</main><script>{FILTER}</script></body></html>\n"
+    )
+
+
+def _lead(results: dict[str, Any]) -> str:
+    config = results["config"]
+    return (
+        f"{results['data']}. Embeddings of size {config['d']} pass through {results['d_sae']:,} latents, {config['k']} active at a "
+        f"time; {config['steps']:,} training steps."
+    )
+
+
+def _cards(results: dict[str, Any]) -> str:
+    cards = []
+    for name, label in (("ndcg@20", "nDCG@20"), ("recall@20", "Recall@20")):
+        base, spliced = results[f"base_{name}"], results[f"sae_{name}"]
+        kept = f"{spliced / base:.1%}" if base else "-"
+        cards.append((kept, f"of {label} kept: {base:.4f} to {spliced:.4f}"))
+    cards += [
+        (f"{1 - results['fvu']:.1%}", f"of variance explained (FVU {results['fvu']:.3f})"),
+        (f"{results['cosine']:.3f}", "mean cosine of embedding and reconstruction"),
+        (f"{results['l0']:.1f}", "active latents per row (L0)"),
+        (f"{results['dead_share']:.2%}", "of latents dead"),
+    ]
+    if results["concepts"]:
+        cards.append((f"{results['mean_auc']:.3f}", f"mean AUC of the best latent of {len(results['concepts'])} concepts"))
+    return "<div class='cards'>" + "".join(f"<div class='card'><b>{b}</b><span>{escape(s)}</span></div>" for b, s in cards) + "</div>"
+
+
+def _section(title: str, note: str, content: str) -> str:
+    return f"<section><h2>{escape(title)}</h2><p class='note'>{escape(note)}</p>{content}</section>"
+
+
+def _figure(height: int, **layout: Any) -> Any:
+    graph = need("plotly.graph_objects", "the report", "demo")
+    figure = graph.Figure()
+    figure.update_layout(
+        template="plotly_white", height=height, font={"family": FONT, "size": 13, "color": "#1f2933"},
+        margin={"l": 56, "r": 20, "t": 16, "b": 44}, paper_bgcolor="white", plot_bgcolor="white", colorway=list(PALETTE),
+        legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0}, **layout,
+    )  # fmt: skip
+    figure.update_xaxes(gridcolor="#eef1f4", zerolinecolor="#dfe4e8")
+    figure.update_yaxes(gridcolor="#eef1f4", zerolinecolor="#dfe4e8")
+    return figure
+
+
+def _plot(figure: Any) -> str:
+    return figure.to_html(full_html=False, include_plotlyjs=False, config={"displayModeBar": False, "responsive": True})
+
+
+def _ranking_figure(results: dict[str, Any]) -> Any:
+    figure, labels = _figure(300, bargap=0.45, yaxis_rangemode="tozero"), ["nDCG@20", "Recall@20"]
+    for name, key, colour in (("original", "base", BASE), ("with SAE", "sae", SAE)):
+        heights = [results[f"{key}_ndcg@20"], results[f"{key}_recall@20"]]
+        figure.add_bar(
+            name=name, x=labels, y=heights, marker_color=colour, text=[f"{h:.4f}" for h in heights], textposition="outside",
+            cliponaxis=False,
+        )  # fmt: skip
+    return figure
+
+
+def _training_figure(results: dict[str, Any]) -> Any:
+    figure, history = _figure(300, xaxis_title="step", yaxis_tickformat=".0%", yaxis_rangemode="tozero"), results["history"]
+    steps = [row["step"] for row in history if "fvu" in row]
+    for name, key, colour in (("FVU", "fvu", SAE), ("dead latents", "dead_share", ACCENT)):
+        figure.add_scatter(
+            name=name, x=steps, y=[min(row[key], 1) for row in history if key in row], mode="lines", line={"color": colour, "width": 2.2}
+        )
+    return figure
+
+
+def _concepts_section(results: dict[str, Any]) -> str:
+    rows = results["concepts"]
+    if not rows:
+        return ""
+    shown = sorted(rows, key=lambda row: -row["auc"])[:AUC_BARS]
+    figure = _figure(70 + 21 * len(shown), xaxis_title="AUC of the best latent")
+    figure.add_bar(
+        orientation="h", x=[row["auc"] for row in shown][::-1], y=[row["concept"] for row in shown][::-1], marker_color=SAE,
+        customdata=[[row["latent"], row["precision"], row["recall"], row["items"]] for row in shown][::-1],
+        hovertemplate="%{y}: AUC %{x:.3f}<br>latent %{customdata[0]}, precision %{customdata[1]:.2f}, recall %{customdata[2]:.2f}, "
+        "%{customdata[3]} items<extra></extra>",
+    )  # fmt: skip
+    figure.update_xaxes(range=[0.5, 1])
+    figure.update_layout(margin={"l": 150, "t": 28})
+    # the labels stand at two heights, as the lines can lie close together
+    controls = (("mean_auc_untrained", "untrained SAE", MUTED, 1.0), ("mean_auc_raw", "best raw dimension", ACCENT, 1.0))
+    ordered = sorted(controls, key=lambda control: results[control[0]])
+    for (key, label, colour, _), anchor in zip(ordered, ("right", "left"), strict=True):
+        figure.add_vline(x=results[key], line={"color": colour, "width": 1.5, "dash": "dot"})
+        figure.add_annotation(
+            x=results[key], y=1, yref="paper", yanchor="bottom", xanchor=anchor, text=f"{label} {results[key]:.3f}", showarrow=False,
+            font={"color": colour, "size": 12},
+        )  # fmt: skip
+    some = f" The {AUC_BARS} best of {len(rows)} are shown." if len(rows) > AUC_BARS else ""
+    note = (
+        "How well one latent tells the items of a concept from the others: 0.5 is chance, 1 perfect. Dotted: the mean over all "
+        f"concepts for a SAE that has learnt nothing, and for the best single dimension of the embedding.{some}"
+    )
+    return _section("Concepts and their latents", note, _plot(figure))
+
+
+def _steering_section(results: dict[str, Any]) -> str:
+    rows = results["steering"]
+    if not rows:
+        return ""
+    share = _figure(300, xaxis_title="strength", yaxis_tickformat=".0%", yaxis_title="share of the top 20", yaxis_rangemode="tozero")
+    ndcg = _figure(300, xaxis_title="strength", yaxis_title="nDCG@20 of the user's own targets", yaxis_rangemode="tozero")
+    for place, name in enumerate(dict.fromkeys(row["concept"] for row in rows)):
+        here = [row for row in rows if row["concept"] == name]
+        x, colour = [row["strength"] for row in here], PALETTE[place % len(PALETTE)]
+        for figure, key in ((share, "concept_share"), (ndcg, "ndcg")):
+            figure.add_scatter(
+                name=name, x=x, y=[row[key] for row in here], mode="lines+markers", line={"color": colour, "width": 2.2}
+            )
+    ndcg.add_hline(y=results["base_ndcg@20"], line={"color": MUTED, "width": 1.2, "dash": "dot"}, annotation_text="without SAE",
+                   annotation_font={"color": MUTED, "size": 12}, annotation_position="bottom left")  # fmt: skip
+    note = (
+        "A share of every user's activation is moved to the concept's latents. Left: how much of the list is then of the concept. "
+        "Right: what that costs in the user's own terms."
+    )
+    grid = f"<div class='two'><div style='min-width:0'>{_plot(share)}</div><div style='min-width:0'>{_plot(ndcg)}</div></div>"
+    return _section("Steering", note, grid)
+
+
+def _density_figure(results: dict[str, Any]) -> Any:
+    figure = _figure(280, xaxis_title="share of rows on which a latent fires", yaxis_title="latents", bargap=0.04)
+    logs = [math.log10(density) for density in results["density"] if density > 0]
+    low = math.floor(min(logs, default=-1))
+    figure.add_histogram(x=logs, xbins={"start": low, "end": 0, "size": 0.1}, marker_color=SAE, hovertemplate="%{y} latents<extra></extra>")
+    ticks = list(range(low, 1))
+    figure.update_xaxes(tickvals=ticks, ticktext=[f"{100 * 10.0**tick:g} %" for tick in ticks])
+    return figure
+
+
+def _latents_section(results: dict[str, Any]) -> str:
+    body = []
+    for row in results["latents"]:
+        name = f"<span class='tag'>{escape(row['name'])}</span>" if row["name"] else "<span class='soft'>no name</span>"
+        auc = f"{row['auc']:.3f}" if row["auc"] else ""
+        items = "; ".join(escape(example["title"]) for example in row["examples"])
+        fired = row["fired_rows"] / results["train_rows"]
+        body.append(
+            f"<tr><td class='n'>{row['latent']}</td><td>{name}</td><td class='n'>{auc}</td><td class='n'>{fired:.2%}</td>"
+            f"<td>{items}</td></tr>"
+        )
+    head = "<th class='n'>latent</th><th>concept</th><th class='n'>AUC</th><th class='n'>fires</th><th>strongest items</th>"
+    table = f"<table id='latents'><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table>"
+    search = "<input id='find' placeholder='Find a concept or a title' aria-label='Find a concept or a title'>"
+    note = f"{len(body)} latents with their evidence: those with a name first, by AUC, then the busiest."
+    return _section("Latents", note, f"{search}<div class='scroll'>{table}</div>")
+
+
+def _foot(results: dict[str, Any]) -> str:
+    facts, stages = results["environment"], results["stage_seconds"]
+    times = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in stages.items())
+    isa = f" ({results['instruction_set']})" if results["instruction_set"] else ""
+    return (
+        f"sae_kernels {facts['sae_kernels']}, torch {facts['torch']}, {facts['threads']} threads, backend {results['backend']}{isa}. "
+        f"{results['seconds']:.0f} s in all: {times}. Seed {results['config']['seed']}."
+    )

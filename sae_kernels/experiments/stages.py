@@ -1,0 +1,192 @@
+"""The stages of the demo, one function each: data, recommender, SAE, figures, concepts, steering."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..data.datasets import load
+from ..data.histories import Histories
+from ..data.interactions import Interactions
+from ..data.read import read_interactions
+from ..data.simulate import simulate
+from ..data.split import TargetSplit, leave_last_out, split_targets, split_users
+from ..eval.ranking import rank_metrics
+from ..eval.reconstruction import ReconstructionMetrics, reconstruction_metrics
+from ..hooks import attach, record
+from ..nn import TopKSAE
+from ..recommenders.elsa import ELSA
+from ..recommenders.fit import fit_collaborative, fit_sequential
+from ..recommenders.multvae import MultVAE
+from ..recommenders.sasrec import SASRec
+from ..train import from_model
+
+K = 20  # the length of a recommendation list
+ROWS = 1024  # rows of one SAE step
+POSITIONS = 60_000  # positions of sequences on which latents are compared with concepts
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How one recommender is trained: d, epochs and batch size for simulated and for real data."""
+
+    d: tuple[int, int]
+    epochs: tuple[int, int]
+    batch: tuple[int, int]
+    lr: float
+
+
+RECIPES = {
+    "elsa": Recipe((64, 256), (12, 4), (256, 1024), 3e-3),
+    "multvae": Recipe((64, 128), (30, 20), (256, 512), 1e-3),
+    "sasrec": Recipe((64, 64), (15, 20), (128, 128), 1e-3),
+}
+
+
+@dataclass(frozen=True)
+class Parts:
+    """train: whole histories of the training users; test: inputs and targets of the held-out users."""
+
+    data: Interactions
+    train: Histories
+    test: TargetSplit
+
+
+def load_data(config: Any) -> Interactions:
+    """The simulation, a known folder or a file of interactions; ValueError where the options do not go together."""
+    columns = (config.user_col, config.item_col, config.rating_col, config.time_col, config.min_rating)
+    if config.interactions is None and any(value is not None for value in columns):
+        raise ValueError("--user-col, --item-col, --rating-col, --time-col and --min-rating go with --interactions FILE")
+    if config.interactions is not None:
+        if config.user_col is None or config.item_col is None:
+            raise ValueError("--interactions needs --user-col and --item-col, the names of its columns")
+        return read_interactions(
+            config.interactions, *columns[:4], min_rating=config.min_rating, min_user=5, duplicates="last"
+        )
+    if config.data is not None:
+        return load(config.data)
+    return simulate(*config.simulate, seed=config.seed)
+
+
+def split(data: Interactions, config: Any) -> Parts:
+    """10 % of the users are held out. Of those, targets are 20 % of the items, or the last item of a sequence."""
+    if config.model == "sasrec" and data.order is None:
+        raise ValueError(f"{data.name} has no time order, which sasrec needs: give --time-col, or take elsa or multvae")
+    histories = data.histories()
+    train, held_out = split_users(len(histories), 0.1, config.seed)
+    test = histories.select(held_out)
+    test = leave_last_out(test) if config.model == "sasrec" else split_targets(test, 0.2, config.seed)
+    if len(test.inputs) == 0:
+        raise ValueError(f"{data.name}: none of the {len(held_out)} held-out users has an item to keep and one to find")
+    if data.n_items < K:
+        raise ValueError(f"{data.name}: {data.n_items} items; lists of {K} need as many")
+    return Parts(data, histories.select(train), test)
+
+
+def new_recommender(parts: Parts, config: Any) -> nn.Module:
+    make = {"elsa": ELSA, "multvae": MultVAE, "sasrec": SASRec}[config.model]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        return make(parts.data.n_items, config.d)
+
+
+def train_recommender(model: nn.Module, parts: Parts, config: Any, progress: Callable | None) -> Any:
+    recipe, real = RECIPES[config.model], int(config.real)
+    fit = fit_sequential if config.model == "sasrec" else fit_collaborative
+    return fit(
+        model, parts.train, epochs=config.epochs, batch_size=recipe.batch[real], lr=recipe.lr, seed=config.seed, progress=progress
+    )
+
+
+def training_source(model: nn.Module, parts: Parts, config: Any) -> object:
+    """Embeddings of random sub-histories (20 to 100 % of the items are kept), or the positions of random sequences."""
+    train = parts.train
+    if config.model == "sasrec":
+
+        def sequences(step: int, generator: torch.Generator) -> Tensor:
+            return train.padded(torch.randint(len(train), (128,), generator=generator), model.max_len)
+
+        return from_model(model, model.hook_point, sequences, mask=_is_item, batch_size=ROWS, seed=config.seed)
+
+    def sub_histories(step: int, generator: torch.Generator) -> Tensor:
+        rows = torch.randint(len(train), (ROWS,), generator=generator)
+        with torch.no_grad():
+            return model.encode_histories(*train.sub_histories(rows, (0.2, 1.0), generator).bags())
+
+    return sub_histories
+
+
+def _is_item(sequences: Tensor) -> Tensor:
+    return sequences != 0
+
+
+@torch.no_grad()
+def embeddings(model: nn.Module, histories: Histories, batch: int = 512) -> Iterator[tuple[Tensor, Tensor]]:
+    """(embeddings [rows, d], items [rows]) at the model's hook point: of whole histories (item -1), or of every position."""
+    model.eval()
+    for rows in torch.arange(len(histories)).split(batch):
+        if not isinstance(model, SASRec):
+            yield model.encode_histories(*histories.bags(rows)), torch.full((len(rows),), -1)
+            continue
+        sequences = histories.padded(rows, model.max_len)
+        with record(model, model.hook_point, mask=_is_item) as rec:
+            model(sequences)
+        yield rec.activations, sequences[sequences != 0] - 1
+
+
+def reconstruction(model: nn.Module, sae: TopKSAE, histories: Histories) -> ReconstructionMetrics:
+    return reconstruction_metrics(sae, (x for x, _ in embeddings(model, histories)))
+
+
+def ranking(model: nn.Module, parts: Parts, sae: TopKSAE | None = None) -> dict[str, float]:
+    """ndcg@20 and recall@20 on the held-out users, with the SAE in place where one is given."""
+    if sae is None:
+        found = rank_metrics(model, parts.test.inputs, parts.test.targets, K)
+    else:
+        with attach(model, model.hook_point, sae, positions=steered_positions(model)):
+            found = rank_metrics(model, parts.test.inputs, parts.test.targets, K)
+    return {name: float(found[name]) for name in (f"ndcg@{K}", f"recall@{K}")}
+
+
+def steered_positions(model: nn.Module) -> str:
+    """A sequence is scored from its last position alone; sequences are padded on the left."""
+    return "last" if isinstance(model, SASRec) else "all"
+
+
+@torch.no_grad()
+def coded_items(model: nn.Module, sae: TopKSAE, parts: Parts) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Rows to interpret latents by: (values [n, k], indices [n, k], items [n], embeddings [n, d]).
+
+    Each item as a history of its own; for a sequence model every position of the training sequences, up to POSITIONS, as
+    the item that stands there.
+    """
+    if not isinstance(model, SASRec):
+        items = Histories.one_item_each(parts.data.n_items)
+        x = torch.cat([x for x, _ in embeddings(model, items)])
+        item = torch.arange(parts.data.n_items)
+    else:
+        found, rows = [], 0
+        for part in embeddings(model, parts.train):
+            found.append(part)
+            rows += len(part[0])
+            if rows >= POSITIONS:
+                break
+        x, item = (torch.cat(column)[:POSITIONS] for column in zip(*found, strict=True))
+    codes = [sae.encode(part) for part in x.split(4096)]
+    return torch.cat([c.values for c in codes]), torch.cat([c.indices for c in codes]), item, x
+
+
+def save_recommender(model: nn.Module, path: Path) -> None:
+    from safetensors.torch import save_file
+
+    save_file({name: value.contiguous() for name, value in model.state_dict().items()}, path)
+
+
+def restore_recommender(model: nn.Module, path: Path) -> None:
+    from safetensors.torch import load_file
+
+    model.load_state_dict(load_file(path))
+    model.eval()
