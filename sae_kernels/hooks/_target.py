@@ -13,9 +13,11 @@ Mask = Callable[..., Tensor] | Tensor
 
 
 def find_module(model: nn.Module, name: str) -> nn.Module:
-    """The module of that dotted name; ValueError with the nearest names where there is none, or it is the whole model."""
+    """The module of that dotted name; ValueError with the nearest names where there is none, or for the whole model."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    if hasattr(model, "_orig_mod"):
+        raise ValueError("model comes from torch.compile, which ignores later hooks; give the model that was compiled")
     if not isinstance(name, str):
         raise TypeError(f"the module's name must be a str, got {type(name).__name__}")
     modules = dict(model.named_modules(remove_duplicate=False))
@@ -97,6 +99,26 @@ def _by_attribute(output: Any) -> bool:
     return dataclasses.is_dataclass(output) and not isinstance(output, (Mapping, tuple, list))
 
 
+def unnested(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """A nested tensor [B, *, d], as nn.TransformerEncoder makes in eval mode, as [B, T, d] with its mask [B, T]."""
+    if not x.is_nested:
+        return x, mask
+    lengths = torch.tensor([row.shape[0] for row in x.unbind()], device=x.device)
+    padded = torch.nested.to_padded_tensor(x, 0.0)
+    real = torch.arange(padded.shape[1], device=x.device) < lengths.unsqueeze(1)
+    if mask is not None and mask.dim() == 2 and mask.shape[0] == real.shape[0]:
+        real = real & mask[:, : real.shape[1]]
+    return padded, real
+
+
+def nested_like(x: Tensor, original: Tensor) -> Tensor:
+    """x [B, T, d] cut to the lengths of `original` where that is nested."""
+    if not original.is_nested:
+        return x
+    rows = [row[: part.shape[0]] for row, part in zip(x, original.unbind(), strict=True)]
+    return torch.nested.as_nested_tensor(rows, layout=original.layout)
+
+
 def check_positions(positions: str) -> None:
     if positions not in ("all", "last"):
         raise ValueError(f"positions must be 'all' or 'last', got {positions!r}")
@@ -148,7 +170,7 @@ class MaskSource:
         mask = self.mask
         if _is_function(mask):
             if not self._running:
-                raise RuntimeError(f"{self._where}: mask is a function of the model's inputs, and the model was not called")
+                raise RuntimeError(f"{self._where}: mask takes the inputs of the model, and the model was not called")
             mask = self._computed
         if mask is None:
             return None

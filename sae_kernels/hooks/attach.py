@@ -17,8 +17,10 @@ from ._target import (
     find_module,
     get_tensor,
     last_position,
+    nested_like,
     put_tensor,
     tensor_key,
+    unnested,
 )
 
 Edit = Callable[[SparseCode], SparseCode]
@@ -109,8 +111,8 @@ class AttachHandle:
 
     def _hook(self, module: nn.Module, args: tuple, output: Any) -> Any:
         key = tensor_key(output, self._where, self._index, self._key)
-        x = get_tensor(output, key)
-        mask = self._source.current(x.device)
+        original = get_tensor(output, key)
+        x, mask = unnested(original, self._source.current(original.device))
         check_rows(x, self._where, self._positions, mask)
         if x.shape[-1] != self.sae.d_in:
             raise ValueError(
@@ -118,7 +120,7 @@ class AttachHandle:
                 f"of W_enc {tuple(self.sae.W_enc.shape)}"
             )
         changed = self._last(x, mask) if self._positions == "last" else self._all(x, mask)
-        return output if changed is x else put_tensor(output, key, changed)
+        return output if changed is x else put_tensor(output, key, nested_like(changed, original))
 
     def _all(self, x: Tensor, mask: Tensor | None) -> Tensor:
         if mask is None:

@@ -8,7 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._target import Mask, MaskSource, check_positions, check_rows, find_module, get_tensor, last_position, tensor_key
+from ._target import (
+    Mask,
+    MaskSource,
+    check_positions,
+    check_rows,
+    find_module,
+    get_tensor,
+    last_position,
+    tensor_key,
+    unnested,
+)
 
 
 class record:
@@ -102,7 +112,7 @@ class record:
         def store(module: nn.Module, args: tuple, output: Any) -> None:
             where = f"record {name!r}"
             x = get_tensor(output, tensor_key(output, where, self._index, self._key))
-            mask = self._source.current(x.device)
+            x, mask = unnested(x, self._source.current(x.device))
             check_rows(x, where, self._positions, mask)
             self._parts[name].append(self._rows(x.detach() if self._detach else x, mask))
 

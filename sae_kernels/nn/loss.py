@@ -11,6 +11,7 @@ from ..ops.reference import accumulator
 from .code import SparseCode
 
 _BLOCK_ELEMENTS = 2**20
+_FUSED_ELEMENTS = 2**21  # 8 MiB of float32
 
 
 class SAELoss(NamedTuple):
@@ -23,12 +24,12 @@ class SAELoss(NamedTuple):
     code: SparseCode
 
 
-def _blocks(x: Tensor) -> Iterator[slice]:
-    """Row ranges of about 4 MiB of float32; one range in a compiled graph, which fuses and holds no temporaries."""
+def row_blocks(x: Tensor, elements: int = _BLOCK_ELEMENTS) -> Iterator[slice]:
+    """Row ranges of x [N, d] of about so many elements; one range in a compiled graph, which holds few temporaries."""
     if torch.compiler.is_compiling():
         yield slice(None)
         return
-    step = max(1, _BLOCK_ELEMENTS // max(1, x.shape[-1]))
+    step = max(1, elements // max(1, x.shape[-1]))
     for start in range(0, x.shape[0], step):
         yield slice(start, start + step)
 
@@ -46,7 +47,7 @@ class _SquaredError(torch.autograd.Function):
     def forward(y, x, weight):
         acc = accumulator(y.dtype)
         total = torch.zeros((), dtype=acc, device=y.device)
-        for block in _blocks(y):
+        for block in row_blocks(y):
             difference = y[block].to(acc) - x[block].to(acc)
             total = total + _weighted_square(difference, None if weight is None else weight[block])
         return total
@@ -69,6 +70,54 @@ def squared_error(y: Tensor, x: Tensor, weight: Tensor | None = None) -> Tensor:
     return _SquaredError.apply(y, x, weight)
 
 
+def reconstruction_error(
+    values: Tensor, indices: Tensor, W_dec: Tensor, b_dec: Tensor, x: Tensor, weight: Tensor | None, scale: Tensor
+) -> Tensor:
+    """squared_error(sparse_decode(values, indices, W_dec, b_dec), x, weight) / scale, with scale a constant.
+
+    A large batch in float32 or float64 goes block by block, and what was decoded is never kept: the gradients, which
+    are smaller, are formed at once.
+    """
+    large = x.numel() > _FUSED_ELEMENTS and x.dtype in (torch.float32, torch.float64)
+    if not large or x.requires_grad or torch.compiler.is_compiling():
+        return squared_error(sparse_decode(values, indices, W_dec, b_dec), x, weight) / scale
+    return _BlockwiseError.apply(values, indices, W_dec, b_dec, x, weight, scale, torch.is_grad_enabled())
+
+
+def _block_error(values, indices, W_dec, b_dec, x, weight, scale, places: list[Tensor | None]) -> Tensor:
+    """The error of some rows; adds its gradients to `places` (values, W_dec, b_dec) where they are wanted."""
+    wanted = [place is not None for place in places]
+    with torch.set_grad_enabled(any(wanted)):
+        leaves = [t.detach().requires_grad_(w) for t, w in zip((values, W_dec, b_dec), wanted, strict=True)]
+        error = squared_error(sparse_decode(leaves[0], indices, *leaves[1:]), x, weight) / scale
+    if any(wanted):
+        found = torch.autograd.grad(error, [leaf for leaf in leaves if leaf.requires_grad])
+        for place, grad in zip((p for p in places if p is not None), found, strict=True):
+            place.add_(grad)
+    return error.detach()
+
+
+class _BlockwiseError(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, values, indices, W_dec, b_dec, x, weight, scale, with_grad):
+        needed = [with_grad and need for need in (ctx.needs_input_grad[0], *ctx.needs_input_grad[2:4])]
+        grads = [torch.zeros_like(t) if n else None for t, n in zip((values, W_dec, b_dec), needed, strict=True)]
+        total = torch.zeros_like(scale)
+        for rows in row_blocks(x, _FUSED_ELEMENTS):
+            places = [grads[0][rows] if needed[0] else None, grads[1], grads[2]]
+            part = None if weight is None else weight[rows]
+            block = (values[rows], indices[rows], W_dec, b_dec, x[rows], part, scale)
+            total = total + _block_error(*block, places)
+        ctx.save_for_backward(*grads)
+        return total
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        dvalues, dW, db = (None if part is None else part * grad for part in ctx.saved_tensors)
+        return dvalues, None, dW, db, None, None, None, None
+
+
 @torch.no_grad()
 def total_variance(x: Tensor, weight: Tensor | None = None) -> Tensor:
     """sum_n weight[n] * |x[n] - mean|^2 of x [N, d].
@@ -80,12 +129,12 @@ def total_variance(x: Tensor, weight: Tensor | None = None) -> Tensor:
     zero = torch.zeros((), dtype=acc, device=x.device)
     mass = zero + x.shape[0] if weight is None else weight.sum()
     total = torch.zeros(x.shape[1], dtype=acc, device=x.device)
-    for block in _blocks(x):
+    for block in row_blocks(x):
         part = x[block].to(acc)
         total = total + (part if weight is None else part * weight[block].unsqueeze(-1)).sum(0)
     mean = total / torch.where(mass > 0, mass, 1)
     variance = zero
-    for block in _blocks(x):
+    for block in row_blocks(x):
         variance = variance + _weighted_square(x[block].to(acc) - mean, None if weight is None else weight[block])
     about_zero = variance + mass * mean.square().sum()
     variance = torch.where(variance > 64 * torch.finfo(acc).eps * about_zero, variance, about_zero)

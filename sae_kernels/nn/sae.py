@@ -10,7 +10,7 @@ from ..ops.reference import accumulator
 from ..ops.topk_encode import ACTIVATIONS
 from .code import SparseCode
 from .constrain import ConstraintHandle, normalize_rows_, project_rows_
-from .loss import SAELoss, auxk_loss, squared_error, total_variance
+from .loss import SAELoss, auxk_loss, reconstruction_error, row_blocks, total_variance
 from .normalize import Normalizer
 
 
@@ -157,9 +157,9 @@ class TopKSAE(nn.Module):
         fires = (values != 0).sum(-1, dtype=torch.float32)
         if self.training:
             self._count_firings(values, indices, weight)
-        y = sparse_decode(values, indices, self.W_dec, self.b_dec)
-        mse = squared_error(y, normalized, weight) / total_variance(normalized, weight)
-        aux = self._aux(normalized, y, weight) if self.aux_coef else torch.zeros_like(mse)
+        scale_of_error = total_variance(normalized, weight)
+        mse = reconstruction_error(values, indices, self.W_dec, self.b_dec, normalized, weight, scale_of_error)
+        aux = self._aux(normalized, values, indices, weight) if self.aux_coef else torch.zeros_like(mse)
         mass = fires.new_zeros(()) + fires.shape[0] if weight is None else weight.sum()
         l0 = (fires if weight is None else fires * weight).sum() / torch.where(mass > 0, mass, 1)
         code = SparseCode(
@@ -200,26 +200,28 @@ class TopKSAE(nn.Module):
 
     @torch.no_grad()
     def _count_firings(self, values: Tensor, indices: Tensor, weight: Tensor | None) -> None:
-        fires = values != 0
-        if weight is not None:
-            fires = fires & (weight > 0).unsqueeze(-1)
-        # slots that do not fire go to one latent too many; every write is the same, so the order does not matter
-        slots = torch.where(fires, indices, self.d_sae).reshape(-1).long()
-        fired = torch.zeros(self.d_sae + 1, dtype=torch.bool, device=values.device).index_fill_(0, slots, True)
+        fired = torch.zeros(self.d_sae + 1, dtype=torch.bool, device=values.device)
+        for block in row_blocks(values):
+            fires = values[block] != 0
+            if weight is not None:
+                fires = fires & (weight[block] > 0).unsqueeze(-1)
+            # slots that do not fire go to one latent too many; every write is the same, so the order does not matter
+            fired.index_fill_(0, torch.where(fires, indices[block], self.d_sae).reshape(-1).long(), True)
         self.rows_since_fired.add_(values.shape[0] if weight is None else (weight > 0).sum())
         self.rows_since_fired.masked_fill_(fired[: self.d_sae], 0)
 
-    def _aux(self, x: Tensor, y: Tensor, weight: Tensor | None) -> Tensor:
+    def _aux(self, x: Tensor, values: Tensor, indices: Tensor, weight: Tensor | None) -> Tensor:
         dead = self.dead
         if dead.device.type == "cpu" and not torch.compiler.is_compiling() and not bool(dead.any()):
-            return y.new_zeros((), dtype=accumulator(y.dtype))  # a look at a CPU tensor is no sync
+            return x.new_zeros((), dtype=accumulator(x.dtype))  # a look at a CPU tensor is no sync
         m = min(self.d_sae, max(self.k_aux, self.d_sae // 4))
         candidates = self.rows_since_fired.topk(m).indices
         few = slice(0, self.aux_rows)
-        x, y = x[few].detach(), y[few].detach()
+        centred = x[few].detach() - self.b_dec.detach()
+        y = sparse_decode(values[few].detach(), indices[few], self.W_dec.detach(), None)
         return auxk_loss(
-            x - self.b_dec.detach(),
-            x - y,
+            centred,
+            centred - y,
             self.W_enc,
             self.b_enc,
             self.W_dec,
