@@ -68,17 +68,40 @@ class ELSA(nn.Module):
         return scores.index_put((row_ids(offsets), flat), scores.new_tensor(-1.0), accumulate=True)
 
     def training_loss(self, flat: Tensor, offsets: Tensor) -> Tensor:
-        """Mean over the rows of |p / |p| - x / |x||^2 with p = x A A^T - x; empty rows count nowhere.
+        """Mean over the rows of |p / |p| - x / |x||^2 with p = relu(x A A^T - x). The items of a row must be distinct.
 
-        With h = x A and n = |x|^2 the product p . x is |h|^2 - n and |p|^2 is h A^T A h^T - 2 |h|^2 + n, so the loss is
-        exact from h and the d x d matrix A^T A alone. The items of a row must be distinct.
+        An empty row counts nowhere. One buffer of rows x n_items is all that is held.
         """
         A = self.encoder.items()
         h = embedding_bag(flat, A, offsets, mode="sum", include_last_offset=True)
-        n = offsets.diff().to(h.dtype)
-        energy = h.square().sum(1)
-        dot = energy - n
-        norm = ((h @ (A.T @ A) * h).sum(1) - 2 * energy + n).clamp_min(1e-12).sqrt()
-        cosine = dot / (norm * n.clamp_min(1).sqrt())
-        filled = (n > 0).to(h.dtype)
-        return ((2 - 2 * cosine) * filled).sum() / filled.sum().clamp_min(1)
+        return _NormalizedError.apply(h, A, flat, offsets)
+
+
+class _NormalizedError(torch.autograd.Function):
+    """h [B, d], A [n_items, d], bags of distinct items -> the loss above, by |p / |p| - x / |x||^2 = 2 - 2 p . x / (|p| |x|)."""
+
+    @staticmethod
+    def forward(ctx, h: Tensor, A: Tensor, flat: Tensor, offsets: Tensor) -> Tensor:
+        rows = row_ids(offsets)
+        p = h @ A.T
+        p[rows, flat] -= 1
+        p.relu_()
+        length = offsets.diff().to(h.dtype).sqrt()
+        norm = torch.linalg.vector_norm(p, dim=1)
+        scale = (norm * length).clamp_min(torch.finfo(h.dtype).tiny).reciprocal()
+        cosine = torch.zeros_like(norm).index_add_(0, rows, p[rows, flat]) * scale
+        filled = (length > 0).to(h.dtype)
+        weight = filled / filled.sum().clamp_min(1)
+        ctx.save_for_backward(h, A, flat, rows, p, norm, scale, cosine, weight)
+        return ((2 - 2 * cosine) * weight).sum()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        h, A, flat, rows, p, norm, scale, cosine, weight = ctx.saved_tensors
+        weight = 2 * grad * weight
+        passes = (p[rows, flat] > 0).to(p.dtype)
+        # out of place: a second backward must find p as it was
+        d_pre = p * (weight * cosine / norm.square().clamp_min(torch.finfo(p.dtype).tiny)).unsqueeze(1)
+        d_pre[rows, flat] -= passes * (weight * scale)[rows]
+        return d_pre @ A, d_pre.T @ h, None, None
