@@ -193,6 +193,23 @@ def test_ids_name_the_examples_and_break_ties(name):
 
 
 @backends
+def test_a_lower_id_takes_the_last_place_of_an_equal_value(name):
+    stats = ActivationStats(1, top=2)
+    with backend(name):
+        for first in (90, 50, 70, 10):
+            stats.update(torch.ones(2, 1), torch.zeros(2, 1, dtype=torch.int64), torch.tensor([first + 1, first]))
+    assert stats.top_ids.tolist() == [[10, 11]]
+
+
+def test_merging_shards_of_one_stream_keeps_their_row_numbers():
+    first, second = ActivationStats(1), ActivationStats(1, first_row=10)
+    first.update(torch.ones(3, 1), torch.zeros(3, 1, dtype=torch.int64))
+    second.update(torch.ones(2, 1), torch.zeros(2, 1, dtype=torch.int64))
+    first.merge(second)
+    assert (first.rows, first.next_row, first.last_fired.item()) == (5, 12, 11)
+
+
+@backends
 def test_unusable_values_are_counted_apart(name):
     values = torch.tensor([[torch.nan, torch.inf, -torch.inf, 2.0**22, 1.0]])
     with backend(name):
@@ -235,6 +252,14 @@ def test_quantiles_are_within_a_bin():
     exact = values.flatten().sort().values[(q * 3999).floor().long()]
     assert ((got[:, 5] - exact).abs() <= exact / 16).all()
     assert (got[:, 5].diff() >= 0).all()
+
+
+def test_quantiles_are_linear_inside_a_bin():
+    values = 1 + (torch.arange(1000, dtype=torch.float64).unsqueeze(1) + 0.5) / 1000
+    stats = stats_of(values, torch.zeros(1000, 1, dtype=torch.int64), histogram=(-1, 3, 1))
+    q = torch.tensor([0.0, 0.25, 0.5, 1.0], dtype=torch.float64)
+    torch.testing.assert_close(stats.quantile(q)[:, 0], 1 + (q * 999 + 0.5) / 1000, rtol=1e-14, atol=0)
+    assert stats.quantile(0.5).shape == (D,) and stats.quantile(q.view(2, 2)).shape == (2, 2, D)
 
 
 @backends
