@@ -137,7 +137,7 @@ def total_variance(x: Tensor, weight: Tensor | None = None) -> Tensor:
     for block in row_blocks(x):
         variance = variance + _weighted_square(x[block].to(acc) - mean, None if weight is None else weight[block])
     about_zero = variance + mass * mean.square().sum()
-    variance = torch.where(variance > 64 * torch.finfo(acc).eps * about_zero, variance, about_zero)
+    variance = torch.where(variance > (16 * torch.finfo(acc).eps) ** 2 * about_zero, variance, about_zero)
     return torch.where(variance > 0, variance, 1)
 
 
