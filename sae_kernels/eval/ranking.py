@@ -146,6 +146,9 @@ def evaluating(scorer: Scorer) -> Iterator[None]:
 def _score_function(scorer: Scorer, histories: Histories) -> Callable[[Tensor], Tensor]:
     if not isinstance(scorer, nn.Module):
         return scorer
+    n_items = getattr(scorer, "n_items", histories.n_items)
+    if n_items != histories.n_items:
+        raise ValueError(f"the model knows {n_items} items and the histories have {histories.n_items}")
     device = next((p.device for p in scorer.parameters()), torch.device("cpu"))
     if hasattr(scorer, "score_histories"):
         return lambda rows: scorer.score_histories(*(t.to(device) for t in histories.bags(rows)))

@@ -34,7 +34,7 @@ def fit_collaborative(
     *,
     epochs: int = 10,
     batch_size: int = 1024,
-    lr: float = 1e-3,
+    lr: float = 3e-3,
     betas: tuple[float, float] = (0.9, 0.99),
     seed: int = 0,
     progress: Callable[[Iterable[int]], Iterable[int]] | None = None,
@@ -48,7 +48,7 @@ def fit_collaborative(
     weights are put back. The model ends in eval mode, also where Ctrl-C (KeyboardInterrupt, passed on) ends the run. The
     same seed gives the same weights on the same machine; torch's global random state is left as it was.
     """
-    _check(histories, epochs, batch_size, lr)
+    _check(model, histories, epochs, batch_size, lr)
     return _fit(model, histories, model.training_loss, epochs, batch_size, lr, betas, seed, progress, validate, patience)
 
 
@@ -72,7 +72,7 @@ def fit_sequential(
     drawn anew in every step: cheaper where the items are many. The rest as fit_collaborative. Sequences of fewer than two
     items teach nothing and are left out.
     """
-    _check(sequences, epochs, batch_size, lr)
+    _check(model, sequences, epochs, batch_size, lr)
     if negatives is not None and negatives < 1:
         raise ValueError(f"fit_sequential: negatives must be None or at least 1, got {negatives}")
     long_enough = (sequences.offsets.diff() >= 2).nonzero().squeeze(1)
@@ -144,9 +144,11 @@ def _validated(model: nn.Module, validate: Callable, result: FitResult, best: di
     return best
 
 
-def _check(histories: Bags, epochs: int, batch_size: int, lr: float) -> None:
+def _check(model: nn.Module, histories: Bags, epochs: int, batch_size: int, lr: float) -> None:
     if histories.offsets.numel() < 2:
         raise ValueError("fit: there are no histories to train on")
+    if histories.flat.numel() and int(histories.flat.max()) >= model.n_items:
+        raise ValueError(f"fit: histories have item {int(histories.flat.max())} and the model knows {model.n_items} items")
     for name, value in (("epochs", epochs), ("batch_size", batch_size)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"fit: {name} must be an int of at least 1, got {value!r}")
