@@ -144,7 +144,7 @@ def _without_duplicates(path, frame, user_col, item_col, duplicates, filtered) -
         return frame
     if duplicates == "error":
         row = int(again.to_numpy().argmax())
-        user, item = frame.iloc[row][user_col], frame.iloc[row][item_col]
+        user, item = frame[user_col].iloc[row], frame[item_col].iloc[row]
         first = int(((frame[user_col] == user) & (frame[item_col] == item)).to_numpy().argmax())
         raise ValueError(
             f"{path}: column {item_col!r}, row {row + 1}: user {user} has item {item} already in row {first + 1}; "

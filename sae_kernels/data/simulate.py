@@ -131,10 +131,10 @@ def _check(n_users, n_items, n_concepts, mean_length, popularity, order, concept
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"simulate: {name} must be an int of at least 1, got {value!r}")
     if n_items < n_concepts:
-        raise ValueError(f"simulate: n_items = {n_items} must be at least n_concepts = {n_concepts}: every concept needs an item")
+        raise ValueError(f"simulate: every concept needs an item: n_items = {n_items} is less than n_concepts = {n_concepts}")
     low, high = concepts_per_item
-    if not 1 <= low <= high <= n_concepts:
-        raise ValueError(f"simulate: concepts_per_item must be (low, high) with 1 <= low <= high <= n_concepts, got {concepts_per_item}")
+    if not 1 <= low <= high:
+        raise ValueError(f"simulate: concepts_per_item must be (low, high) with 1 <= low <= high, got {concepts_per_item}")
     if not 0 <= order <= 1:
         raise ValueError(f"simulate: order must be in [0, 1], got {order}")
     if not mean_length >= 1:
