@@ -97,25 +97,87 @@ template <class A> struct Panel {  // NR packed latents
   int n;
 };
 
+// The lanes of a register tile's row that are above the threshold, or at it where a lower latent wins, become candidates.
 template <class A>
-__attribute__((noinline)) void collect(const Vec<A> (&pre)[2], uint32_t mask, const Panel<A>& panel, int activation, Row<A>& row,
-                                       Key<A>* keys, int64_t k, int64_t capacity) {
-  A lanes[kNR<A>];
-  std::memcpy(lanes, &pre, sizeof lanes);
+__attribute__((noinline)) void collect(const Vec<A> (&score)[2], uint32_t mask, uint32_t negative, const Panel<A>& panel, Row<A>& row,
+                                       const Candidates<A>& candidates, int64_t k) {
+  constexpr int L = kLanes<A>;
   if (panel.n < kNR<A>) mask &= (1u << panel.n) - 1;
-  for (; mask; mask &= mask - 1) {
-    const int i = __builtin_ctz(mask);
-    const bool negative = activation == kAbs && lanes[i] < 0;
-    const A score = negative ? -lanes[i] : lanes[i];
-    if (score <= row.threshold_score && panel.latents[i] > row.threshold_latent) continue;
-    row.add(make_key(score, panel.latents[i], negative), keys, k, capacity);
+  const bool ties_win = panel.latents[0] < row.threshold_latent;
+  for (int half = 0; half < 2; ++half) {
+    const uint32_t passed = mask >> half * L & ((1u << L) - 1);
+    if (!passed) continue;
+    const Vec<Rank<A>> ranks = rank_of<A>(score[half]);
+    const uint32_t above = ties_win ? mask_of<A>(ranks >= row.threshold_rank) : mask_of<A>(ranks > row.threshold_rank);
+    row.append(ranks, above & passed, negative >> half * L, panel.latents + half * L, candidates);
+  }
+  row.make_room(candidates, k, 2 * L);
+}
+
+// Maxima of disjoint, strided groups of ranks, at least 4 k of them; returns how many.
+template <class A> inline int64_t fold(const Rank<A>* ranks, int64_t width, int64_t k, Rank<A>* maxima) {
+  int64_t groups = width;
+  while (groups % (2 * kLanes<A>) == 0 && groups / 2 >= 4 * k) groups /= 2;
+  for (int64_t i = 0; i < groups; i += kLanes<A>) {
+    Vec<Rank<A>> best = load_ranks<A>(ranks + i);
+    for (int64_t j = i + groups; j < width; j += groups) {
+      const Vec<Rank<A>> v = load_ranks<A>(ranks + j);
+      best = v > best ? v : best;
+    }
+    std::memcpy(maxima + i, &best, sizeof best);
+  }
+  return groups;
+}
+
+// The first panels of a tile, while every row's threshold still lies at the floor: all their ranks are kept in cache, and
+// the row starts with the best of them, at a few vector operations per panel.
+template <class A, bool Abs>
+void seed_tile(const A* tile, int64_t rows, const Panel<A>* panels, int64_t n_panels, int64_t d_in, Row<A>* state,
+               const Candidates<A>& candidates, int64_t k, Rank<A>* ranks) {
+  constexpr int L = kLanes<A>, NR = kNR<A>;
+  const int64_t width = n_panels * NR;
+  Rank<A>* maxima = ranks + kMR * width;
+  uint32_t* negative = reinterpret_cast<uint32_t*>(maxima + width);
+  for (int64_t r0 = 0; r0 < rows; r0 += kMR) {
+    const int n = static_cast<int>(std::min<int64_t>(kMR, rows - r0));
+    for (int64_t p = 0; p < n_panels; ++p) {
+      Vec<A> acc[kMR][2];
+      multiply<A>(tile + r0 * d_in, panels[p].weights, panels[p].bias, d_in, acc);
+#pragma GCC unroll 16
+      for (int r = 0; r < kMR; ++r) {
+        const Vec<Rank<A>> first = rank_of<A>(Abs ? magnitude<A>(acc[r][0]) : acc[r][0]);
+        const Vec<Rank<A>> second = rank_of<A>(Abs ? magnitude<A>(acc[r][1]) : acc[r][1]);
+        std::memcpy(ranks + r * width + p * NR, &first, sizeof first);
+        std::memcpy(ranks + r * width + p * NR + L, &second, sizeof second);
+        if (Abs) negative[r * n_panels + p] = ~(at_least<A>(acc[r][0], A(0)) | at_least<A>(acc[r][1], A(0)) << L);
+      }
+      for (int i = panels[p].n; i < NR; ++i)
+        for (int r = 0; r < kMR; ++r) ranks[r * width + p * NR + i] = std::numeric_limits<Rank<A>>::min();
+    }
+    for (int r = 0; r < n; ++r) {
+      Row<A>& row = state[r0 + r];
+      const Candidates<A> mine = candidates.row(r0 + r);
+      Rank<A>* all = ranks + r * width;
+      const Rank<A> floor = row.threshold_rank + 1;
+      // k maxima of disjoint groups reach the bound, so k ranks do; what ties with it is sorted out by latent later
+      int64_t groups = fold<A>(all, width, k, maxima);
+      if (count_at_least<A>(maxima, groups, floor) >= k)
+        row.raise(std::max(separate<A>(maxima, groups, k, k / 4).rank, floor), std::numeric_limits<int32_t>::max());
+      for (int64_t p = 0; p < n_panels; ++p)
+        for (int half = 0; half < 2; ++half) {
+          const Vec<Rank<A>> v = load_ranks<A>(all + p * NR + half * L);
+          const uint32_t above = row.threshold_latent < 0 ? mask_of<A>(v > row.threshold_rank) : mask_of<A>(v >= row.threshold_rank);
+          row.append(v, above, Abs ? negative[r * n_panels + p] >> half * L : 0, panels[p].latents + half * L, mine);
+          row.make_room(mine, k, L);
+        }
+    }
   }
 }
 
 // One tile of rows against one block of panels.
 template <class A, bool Abs>
-void filter_tile(const A* tile, int64_t rows, const Panel<A>* panels, int64_t n_panels, int64_t d_in, int activation, Row<A>* state,
-                 Key<A>* keys, int64_t k, int64_t capacity) {
+void filter_tile(const A* tile, int64_t rows, const Panel<A>* panels, int64_t n_panels, int64_t d_in, Row<A>* state,
+                 const Candidates<A>& candidates, int64_t k) {
   for (int64_t p = 0; p < n_panels; ++p) {
     for (int64_t r0 = 0; r0 < rows; r0 += kMR) {
       Vec<A> acc[kMR][2];
@@ -126,10 +188,11 @@ void filter_tile(const A* tile, int64_t rows, const Panel<A>* panels, int64_t n_
         if (r >= n) break;
         Row<A>& row = state[r0 + r];
         const Vec<A> s0 = Abs ? magnitude<A>(acc[r][0]) : acc[r][0], s1 = Abs ? magnitude<A>(acc[r][1]) : acc[r][1];
-        const uint32_t mask = at_least<A>(s0, row.threshold_score) | at_least<A>(s1, row.threshold_score) << kLanes<A>;
+        const uint32_t mask = at_least<A>(s0, row.threshold) | at_least<A>(s1, row.threshold) << kLanes<A>;
         if (__builtin_expect(mask != 0, 0)) {
-          const Vec<A> pre[2] = {acc[r][0], acc[r][1]};  // a copy: acc itself must stay in registers
-          collect<A>(pre, mask, panels[p], activation, row, keys + (r0 + r) * capacity, k, capacity);
+          const Vec<A> score[2] = {s0, s1};  // a copy: acc itself must stay in registers
+          const uint32_t positive = Abs ? at_least<A>(acc[r][0], A(0)) | at_least<A>(acc[r][1], A(0)) << kLanes<A> : ~0u;
+          collect<A>(score, mask, ~positive, panels[p], row, candidates.row(r0 + r), k);
         }
       }
     }
@@ -158,26 +221,46 @@ template <class T> void pack_panel(const EncodeArgs<T>& args, const Competitors&
   pack<NR>(rows, out.n, args.d_in, weights);
 }
 
-int64_t capacity_of(int64_t k, int64_t n) { return std::min(2 * k + 32, std::max(n, k) + 1); }
+// Room for the candidates of n rows.
+template <class A> struct CandidateBuffer {
+  Buffer<Rank<A>> ranks;
+  Buffer<uint32_t> tags;
+  int64_t capacity;
+  CandidateBuffer(int64_t n, int64_t capacity) : ranks(n * capacity), tags(n * capacity), capacity(capacity) {}
+  Candidates<A> row(int64_t r) const { return Candidates<A>{ranks.p, tags.p, capacity}.row(r); }
+};
+
+// How many panels the seed takes: at least 4 k latents, few enough for the second-level cache; 0 where that is not to be had.
+template <class A> int64_t seed_panels(int64_t k, int64_t panel_size, int64_t block) {
+  const int64_t want = std::max<int64_t>(16, 4 * k / kNR<A>);
+  const int64_t fits = kTileBytes / (panel_size * static_cast<int64_t>(sizeof(A)) + kMR * kNR<A> * static_cast<int64_t>(sizeof(A)));
+  const int64_t panels = std::min({want, fits, block});
+  return panels * kNR<A> >= 2 * k ? panels : 0;
+}
 
 template <class T> void encode_many(const EncodeArgs<T>& args) {
   using A = Acc<T>;
   constexpr int NR = kNR<A>;
   const int64_t d_in = args.d_in, k = args.k, workers = num_threads();
   const Competitors competitors{args.competitors, args.n_competitors, args.rest};
-  const int64_t capacity = capacity_of(k, competitors.count);
+  const int64_t capacity = capacity_of<A>(k);
 
   const int64_t n_panels = (competitors.count + NR - 1) / NR;
   const int64_t panel_size = NR * d_in, padded = (panel_size + NR + 15) / 16 * 16;
   const int64_t block = std::clamp<int64_t>(kBlockBytes / (padded * sizeof(A)), 1, n_panels);
-  const int64_t chunk = std::min(args.rows, std::max<int64_t>(kMR * workers, kCandidateBytes / (capacity * sizeof(Key<A>))));
+  const int64_t chunk = std::min(args.rows, std::max<int64_t>(kMR * workers, kCandidateBytes / (capacity * (sizeof(A) + 4))));
   const int64_t fits = kTileBytes / (std::max<int64_t>(d_in, 1) * sizeof(A)), fair = (chunk + workers - 1) / workers;
   const int64_t tile = (std::clamp<int64_t>(std::min(fits, fair), kMR, 20 * kMR) + kMR - 1) / kMR * kMR;
 
+  const int64_t seed = seed_panels<A>(k, panel_size, block);
+  const int64_t seed_ranks = (kMR + 1) * seed * NR + kMR * seed;  // and a word of signs per row and panel
+
   Buffer<A> packed(block * padded), tiles(workers * tile * d_in);
+  Buffer<Rank<A>> ranks(workers * seed_ranks);
   Buffer<Panel<A>> panels(block);
   Buffer<int32_t> latents(block * NR);
-  Buffer<Key<A>> keys(chunk * capacity);
+  const CandidateBuffer<A> candidates(chunk, capacity);
+  Buffer<Key<A>> keys(workers * k);
   Buffer<Row<A>> state(chunk);
   const Scatter scatter(n_panels);
 
@@ -201,11 +284,16 @@ template <class T> void encode_many(const EncodeArgs<T>& args) {
           for (int i = 0; i < filled; ++i) source[i] = args.x + (c0 + r0 + r + i) * d_in;
           pack<kMR>(source, filled, d_in, packed_x + r * d_in);
         }
-        auto filter = args.activation == kAbs ? filter_tile<A, true> : filter_tile<A, false>;
-        filter(packed_x, rows, panels.p, m, d_in, args.activation, state + r0, keys + r0 * capacity, k, capacity);
+        const bool abs = args.activation == kAbs;
+        const int64_t done = p0 == 0 ? seed : 0;
+        if (done > 0)
+          (abs ? seed_tile<A, true> : seed_tile<A, false>)(packed_x, rows, panels.p, done, d_in, state + r0, candidates.row(r0), k,
+                                                           ranks + worker * seed_ranks);
+        (abs ? filter_tile<A, true> : filter_tile<A, false>)(packed_x, rows, panels + done, m - done, d_in, state + r0,
+                                                             candidates.row(r0), k);
         if (p0 + m < n_panels) return;
         for (int64_t r = r0; r < r0 + rows; ++r)
-          write_row(state[r], keys + r * capacity, k, competitors, args.activation, args.values + (c0 + r) * k,
+          write_row(state[r], candidates.row(r), keys + worker * k, k, competitors, args.activation, args.values + (c0 + r) * k,
                     args.indices + (c0 + r) * k);
       });
     }
@@ -240,7 +328,7 @@ inline void dot4(const T* const (&w)[4], const Acc<T>* x, int64_t d_in, Acc<T> (
 
 template <class T, int R>
 void filter_rows(const EncodeArgs<T>& args, const Acc<T>* x, const int32_t (&latents)[4], int n, Row<Acc<T>>* state,
-                 Key<Acc<T>>* keys, int64_t capacity) {
+                 const Candidates<Acc<T>>& candidates) {
   using A = Acc<T>;
   const T* w[4];
   for (int f = 0; f < 4; ++f) w[f] = args.W + latents[f < n ? f : 0] * args.d_in;
@@ -252,8 +340,9 @@ void filter_rows(const EncodeArgs<T>& args, const Acc<T>* x, const int32_t (&lat
       const A pre = scores[f][r] + bias;
       const bool negative = args.activation == kAbs && pre < 0;
       const A score = negative ? -pre : pre;
-      if (score < state[r].threshold_score) continue;
-      state[r].add(make_key(score, latents[f], negative), keys + r * capacity, args.k, capacity);
+      if (score < state[r].threshold) continue;
+      const Rank<A> rank = rank_of(score);
+      if (state[r].beaten_by(rank, latents[f])) state[r].add(rank, tag_of(latents[f], negative), candidates.row(r), args.k);
     }
   }
 }
@@ -264,12 +353,13 @@ template <class T> void encode_few(const EncodeArgs<T>& args) {
   const Competitors competitors{args.competitors, args.n_competitors, args.rest};
   const int64_t quads = (competitors.count + 3) / 4;
   const int64_t workers = std::clamp<int64_t>(quads * 4 * d_in / 32768, 1, num_threads());
-  const int64_t capacity = capacity_of(k, competitors.count);
+  const int64_t capacity = capacity_of<A>(k);
 
-  // one state per worker and row; the last k places of each worker's share take the merged rows
+  // one state per worker and row; the first worker's then takes in the others'
   Buffer<A> x(rows * d_in);
   Buffer<Row<A>> state(workers * rows);
-  Buffer<Key<A>> keys(workers * rows * capacity), merged(workers * k);
+  const CandidateBuffer<A> candidates(workers * rows, capacity);
+  Buffer<Key<A>> keys(k);
   for (int64_t i = 0; i < rows * d_in; ++i) x[i] = to_acc(args.x[i]);
   for (int64_t i = 0; i < workers * rows; ++i) state[i].reset(args.activation);
 
@@ -277,28 +367,24 @@ template <class T> void encode_few(const EncodeArgs<T>& args) {
   parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
     for (int64_t w = begin; w < end; ++w) {
       for (int64_t q = quads * w / workers; q < quads * (w + 1) / workers; ++q) {
-        const int64_t first = scatter(q) * 4;
+        const int64_t first = scatter(q) * 4, mine = w * rows;
         const int n = static_cast<int>(std::min<int64_t>(4, competitors.count - first));
         int32_t latents[4] = {};
         for (int i = 0; i < n; ++i) latents[i] = competitors[first + i];
         int64_t r = 0;
         for (; r + 4 <= rows; r += 4)
-          filter_rows<T, 4>(args, x + r * d_in, latents, n, state + (w * rows + r), keys + (w * rows + r) * capacity, capacity);
-        for (; r < rows; ++r)
-          filter_rows<T, 1>(args, x + r * d_in, latents, n, state + (w * rows + r), keys + (w * rows + r) * capacity, capacity);
+          filter_rows<T, 4>(args, x + r * d_in, latents, n, state + (mine + r), candidates.row(mine + r));
+        for (; r < rows; ++r) filter_rows<T, 1>(args, x + r * d_in, latents, n, state + (mine + r), candidates.row(mine + r));
       }
-      for (int64_t r = 0; r < rows; ++r) state[w * rows + r].tighten(keys + (w * rows + r) * capacity, k);
     }
   });
   for (int64_t r = 0; r < rows; ++r) {
-    Row<A> row = state[r];
-    row.count = 0;
-    for (int64_t w = 0; w < workers; ++w) {
-      const Key<A>* from = keys + (w * rows + r) * capacity;
-      std::copy(from, from + state[w * rows + r].count, merged + row.count);
-      row.count += state[w * rows + r].count;
+    for (int64_t w = 1; w < workers; ++w) {
+      const Candidates<A> other = candidates.row(w * rows + r);
+      for (int64_t i = 0; i < state[w * rows + r].count; ++i)
+        if (state[r].beaten_by(other.ranks[i], latent_of(other.tags[i]))) state[r].add(other.ranks[i], other.tags[i], candidates.row(r), k);
     }
-    write_row(row, merged.p, k, competitors, args.activation, args.values + r * k, args.indices + r * k);
+    write_row(state[r], candidates.row(r), keys.p, k, competitors, args.activation, args.values + r * k, args.indices + r * k);
   }
 }
 

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <limits>
+#include <type_traits>
 
 #include "cpu/vec.h"
 
@@ -11,85 +12,205 @@ namespace SK_ISA {
 
 enum Activation : int { kRelu = 0, kNone = 1, kAbs = 2 };
 
-// A pair as one unsigned integer that sorts as the contract says. Low word: the latent, complemented, above the sign of the
-// pre-activation, which "abs" needs back.
-template <class A> struct Key;
+// Ranks are signed integers in the order of the scores: NaN is the largest, -0 and +0 are one.
+template <class A> struct RankOf;
+template <> struct RankOf<float> { using type = int32_t; };
+template <> struct RankOf<double> { using type = int64_t; };
+template <class A> using Rank = typename RankOf<A>::type;
 
-template <> struct Key<float> {
-  using Bits = uint32_t;
-  uint64_t word;
-  static constexpr int kScoreShift = 32;
-};
-template <> struct Key<double> {
-  using Bits = uint64_t;
-  unsigned __int128 word;
-  static constexpr int kScoreShift = 32;
-};
-template <class A> inline bool operator>(Key<A> a, Key<A> b) { return a.word > b.word; }
+template <class A> constexpr Rank<A> kNanRank = std::numeric_limits<Rank<A>>::max();
+template <class A> constexpr int kSignShift = sizeof(A) * 8 - 1;
 
-template <class A> inline Key<A> make_key(A score, uint32_t low) {
-  using Bits = typename Key<A>::Bits;
-  constexpr Bits top = Bits(1) << (sizeof(Bits) * 8 - 1);
-  score += A(0);  // -0 becomes +0
-  Bits bits;
+template <class A> inline Vec<Rank<A>> rank_of(Vec<A> score) {
+  const Vec<Rank<A>> bits = (Vec<Rank<A>>)(score + A(0)), ordered = bits ^ ((bits >> kSignShift<A>) & kNanRank<A>);
+  return score == score ? ordered : Vec<Rank<A>>{} + kNanRank<A>;
+}
+template <class A> inline Rank<A> rank_of(A score) {
+  if (score != score) return kNanRank<A>;
+  Rank<A> bits;
+  score += A(0);
   std::memcpy(&bits, &score, sizeof bits);
-  bits = score != score ? ~Bits(0) : (bits & top) ? ~bits : bits | top;
-  return {static_cast<decltype(Key<A>::word)>(bits) << Key<A>::kScoreShift | low};
+  return bits ^ ((bits >> kSignShift<A>) & kNanRank<A>);
 }
-template <class A> inline Key<A> make_key(A score, int32_t latent, bool negative) {
-  return make_key(score, (0x7fffffffu - static_cast<uint32_t>(latent)) << 1 | (negative ? 1u : 0u));
-}
-template <class A> inline int32_t latent_of(Key<A> key) {
-  return static_cast<int32_t>(0x7fffffffu - (static_cast<uint32_t>(key.word) >> 1));
-}
-template <class A> inline A score_of(Key<A> key) {
-  using Bits = typename Key<A>::Bits;
-  constexpr Bits top = Bits(1) << (sizeof(Bits) * 8 - 1);
-  Bits bits = static_cast<Bits>(key.word >> Key<A>::kScoreShift);
-  if (bits == ~Bits(0)) return std::numeric_limits<A>::quiet_NaN();
-  bits = (bits & top) ? bits ^ top : ~bits;
+template <class A> inline A score_of(Rank<A> rank) {
+  if (rank == kNanRank<A>) return std::numeric_limits<A>::quiet_NaN();
+  const Rank<A> bits = rank ^ ((rank >> kSignShift<A>) & kNanRank<A>);
   A score;
   std::memcpy(&score, &bits, sizeof score);
   return score;
 }
-template <class A> inline A pre_activation_of(Key<A> key, int activation) {
-  const A score = score_of(key);
-  return activation == kAbs && (key.word & 1) ? -score : score;
-}
+
+// A latent and, in the lowest bit, whether its pre-activation is negative: "abs" needs the sign back.
+inline uint32_t tag_of(int32_t latent, bool negative) { return static_cast<uint32_t>(latent) << 1 | negative; }
+struct LowerTag { bool operator()(uint32_t a, uint32_t b) const { return a < b; } };
+inline int32_t latent_of(uint32_t tag) { return static_cast<int32_t>(tag >> 1); }
 
 // Nothing at or below the floor need ever be kept: relu and abs pad with zeros, none pads with -inf.
 template <class A> inline A floor_of(int activation) {
   return activation == kNone ? -std::numeric_limits<A>::infinity() : A(0);
 }
 
-// Candidates of one row: up to `capacity` keys; when full it keeps the best k and its threshold rises to the k-th.
+// bit i set: lane i of a comparison's result is true
+template <class A> inline uint32_t mask_of(Vec<Rank<A>> lanes) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(A) == 4) return _mm512_movepi32_mask((__m512i)lanes);
+  else return _mm512_movepi64_mask((__m512i)lanes);
+#elif defined(__AVX2__)
+  if constexpr (sizeof(A) == 4) return _mm256_movemask_ps((__m256)lanes);
+  else return _mm256_movemask_pd((__m256d)lanes);
+#else
+  uint32_t mask = 0;
+  for (int i = 0; i < kLanes<A>; ++i) mask |= uint32_t(lanes[i] & 1) << i;
+  return mask;
+#endif
+}
+
+// Where a row's candidates lie: `capacity` ranks and as many tags, a multiple of the vector width and at least one vector
+// more than are ever in use.
+template <class A> struct Candidates {
+  Rank<A>* ranks;
+  uint32_t* tags;
+  int64_t capacity;
+  Candidates row(int64_t r) const { return {ranks + r * capacity, tags + r * capacity, capacity}; }
+};
+template <class A> inline int64_t capacity_of(int64_t k) {
+  return (k + std::max<int64_t>(k, 32) + 4 * kLanes<A> - 1) / kLanes<A> * kLanes<A>;
+}
+
+template <class A> inline Vec<Rank<A>> load_ranks(const Rank<A>* p) {
+  Vec<Rank<A>> v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+
+template <class A> inline int64_t count_at_least(const Rank<A>* ranks, int64_t padded, Rank<A> bound) {
+  Vec<Rank<A>> hits{};
+  for (int64_t i = 0; i < padded; i += kLanes<A>) hits -= load_ranks<A>(ranks + i) >= bound;
+  int64_t total = 0;
+  for (int i = 0; i < kLanes<A>; ++i) total += hits[i];
+  return total;
+}
+
+// A bound that `reach` >= k of the n ranks reach: at most k + slack, unless ties at the bound itself force more. Found bit by
+// bit from the highest bit in which the ranks differ. What lies between n and the next multiple of the vector width is
+// overwritten.
+template <class A> struct Bound { Rank<A> rank; int64_t reach; };
+
+template <class A> inline Bound<A> separate(Rank<A>* ranks, int64_t n, int64_t k, int64_t slack) {
+  using U = std::make_unsigned_t<Rank<A>>;
+  const int64_t padded = (n + kLanes<A> - 1) / kLanes<A> * kLanes<A>;
+  std::fill(ranks + n, ranks + padded, ranks[0]);
+  Vec<Rank<A>> lows = load_ranks<A>(ranks), highs = lows;
+  for (int64_t i = kLanes<A>; i < padded; i += kLanes<A>) {
+    const Vec<Rank<A>> v = load_ranks<A>(ranks + i);
+    lows = v < lows ? v : lows;
+    highs = v > highs ? v : highs;
+  }
+  Rank<A> low = lows[0], high = highs[0];
+  for (int i = 1; i < kLanes<A>; ++i) {
+    low = lows[i] < low ? lows[i] : low;
+    high = highs[i] > high ? highs[i] : high;
+  }
+  if (low == high) return {low, n};
+  std::fill(ranks + n, ranks + padded, std::numeric_limits<Rank<A>>::min());
+  const int top = 63 - __builtin_clzll(static_cast<uint64_t>(static_cast<U>(low ^ high)));
+  // where the ranks differ in sign the search starts from the smallest rank of all
+  const Rank<A> start = top == kSignShift<A> ? std::numeric_limits<Rank<A>>::min() : low >> top >> 1 << 1 << top;
+  Bound<A> bound{start, n};
+  for (int bit = top; bit >= 0 && bound.reach > k + slack; --bit) {
+    const Rank<A> next = static_cast<Rank<A>>(static_cast<U>(bound.rank) + (U(1) << bit));
+    const int64_t reach = count_at_least<A>(ranks, padded, next);
+    if (reach >= k) bound = {next, reach};
+  }
+  bound.rank = std::max(bound.rank, low);
+  return bound;
+}
+
+// The state of one row: what its candidates must beat, and how many there are.
 template <class A> struct Row {
-  Key<A> threshold;     // only keys above it can still win
-  A threshold_score;    // its score; +inf where that is NaN, so that comparisons stay ordered
-  int32_t threshold_latent;
+  A threshold;  // score of threshold_rank; +inf where that is NaN, so that comparisons stay ordered
+  Rank<A> threshold_rank;
+  int32_t threshold_latent;  // at the threshold itself only lower latents than this one can win
   int32_t count;
 
   void reset(int activation) {
     count = 0;
-    threshold_score = floor_of<A>(activation);
-    threshold_latent = -1;
-    threshold = make_key(threshold_score, 0xffffffffu);
+    raise(rank_of(floor_of<A>(activation)), -1);
   }
-  void add(Key<A> key, Key<A>* keys, int64_t k, int64_t capacity) {
-    if (!(key > threshold)) return;
-    keys[count++] = key;
-    if (count == capacity) tighten(keys, k);
+  void raise(Rank<A> rank, int32_t latent) {
+    threshold_rank = rank;
+    threshold_latent = latent;
+    threshold = score_of<A>(rank);
+    if (threshold != threshold) threshold = std::numeric_limits<A>::infinity();
   }
-  void tighten(Key<A>* keys, int64_t k) {
-    if (count < k) return;
-    std::nth_element(keys, keys + k - 1, keys + count, [](Key<A> a, Key<A> b) { return a > b; });
-    count = static_cast<int32_t>(k);
-    threshold = keys[k - 1];
-    threshold_score = score_of(threshold);
-    threshold_latent = latent_of(threshold);
-    if (threshold_score != threshold_score) threshold_score = std::numeric_limits<A>::infinity();
+  bool beaten_by(Rank<A> rank, int32_t latent) const {
+    return rank > threshold_rank || (rank == threshold_rank && latent < threshold_latent);
+  }
+  void add(Rank<A> rank, uint32_t tag, const Candidates<A>& candidates, int64_t k) {
+    candidates.ranks[count] = rank;
+    candidates.tags[count++] = tag;
+    make_room(candidates, k, 1);
+  }
+  void make_room(const Candidates<A>& candidates, int64_t k, int64_t places) {
+    if (count + places + kLanes<A> > candidates.capacity) tighten(candidates, k, k / 4);
+  }
+  // Keeps the best k, and up to `slack` more where that is quicker; afterwards the threshold is as high as they allow.
+  void tighten(const Candidates<A>& candidates, int64_t k, int64_t slack);
+
+  // Appends the lanes in `mask` of a vector of ranks, without asking what they must beat; there is room for a vector.
+  void append(Vec<Rank<A>> ranks, uint32_t mask, uint32_t negative, const int32_t* latents, const Candidates<A>& candidates) {
+#if defined(__AVX512F__)
+    if constexpr (sizeof(A) == 4) {
+      const __m512i tags = _mm512_slli_epi32(_mm512_loadu_si512(latents), 1);
+      const __m512i marked = _mm512_mask_add_epi32(tags, negative, tags, _mm512_set1_epi32(1));
+      _mm512_storeu_si512(candidates.ranks + count, _mm512_maskz_compress_epi32(mask, (__m512i)ranks));
+      _mm512_storeu_si512(candidates.tags + count, _mm512_maskz_compress_epi32(mask, marked));
+    } else {
+      const __m256i tags = _mm256_slli_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(latents)), 1);
+      const __m256i marked = _mm256_mask_add_epi32(tags, negative, tags, _mm256_set1_epi32(1));
+      _mm512_storeu_si512(candidates.ranks + count, _mm512_maskz_compress_epi64(mask, (__m512i)ranks));
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(candidates.tags + count), _mm256_maskz_compress_epi32(mask, marked));
+    }
+    count += __builtin_popcount(mask);
+#else
+    Rank<A> lanes[kLanes<A>];
+    std::memcpy(lanes, &ranks, sizeof ranks);
+    for (; mask; mask &= mask - 1) {
+      const int i = __builtin_ctz(mask);
+      candidates.ranks[count] = lanes[i];
+      candidates.tags[count++] = tag_of(latents[i], negative >> i & 1);
+    }
+#endif
   }
 };
+
+template <class A> void Row<A>::tighten(const Candidates<A>& candidates, int64_t k, int64_t slack) {
+  if (count < k) return;
+  Rank<A>* ranks = candidates.ranks;
+  uint32_t* tags = candidates.tags;
+  const Bound<A> bound = separate<A>(ranks, count, k, slack);
+  const bool tied = bound.reach > k + slack;
+  int64_t kept = 0, ties = 0;
+  int32_t last = std::numeric_limits<int32_t>::max();  // of the latents at the bound
+  if (tied) {  // the equal ones move to the front, and the lowest latents of them stay
+    for (int64_t i = 0; i < count; ++i)
+      if (ranks[i] == bound.rank) {
+        std::swap(ranks[i], ranks[ties]);
+        std::swap(tags[i], tags[ties++]);
+      }
+    kept = k - (bound.reach - ties);
+    std::nth_element(tags, tags + kept - 1, tags + ties, LowerTag{});
+    last = latent_of(tags[kept - 1]);
+  }
+  for (int64_t i = ties; i < count; ++i) {
+    const Rank<A> rank = ranks[i];
+    ranks[kept] = rank;
+    tags[kept] = tags[i];
+    kept += rank >= bound.rank;
+  }
+  count = static_cast<int32_t>(kept);
+  if (bound.rank >= threshold_rank) raise(bound.rank, last);
+}
 
 // Which latents compete: all of [0, d_sae), or an ascending list; `rest` are the others, ascending.
 struct Competitors {
@@ -99,24 +220,42 @@ struct Competitors {
   int32_t operator[](int64_t i) const { return list ? list[i] : static_cast<int32_t>(i); }
 };
 
-// Sorts the row's best and writes k values and indices. Free slots take the lowest latents not chosen: competitors first
-// (all of them sit at the floor), then the rest with value 0.
+// Rank and tag in one integer that sorts as the contract says.
+template <class A> struct Key {
+  __extension__ typedef unsigned __int128 u128;
+  using Word = std::conditional_t<sizeof(A) == 4, uint64_t, u128>;
+  Word word;
+  static constexpr auto kTop = std::make_unsigned_t<Rank<A>>(1) << kSignShift<A>;
+
+  Key() = default;
+  Key(Rank<A> rank, uint32_t tag)
+      : word(static_cast<Word>(static_cast<std::make_unsigned_t<Rank<A>>>(rank) ^ kTop) << 32 | (0xffffffffu - tag)) {}
+  uint32_t tag() const { return 0xffffffffu - static_cast<uint32_t>(word); }
+  A pre_activation() const {  // the score, with the sign it had before "abs"
+    const A score = score_of<A>(static_cast<Rank<A>>(static_cast<std::make_unsigned_t<Rank<A>>>(word >> 32) ^ kTop));
+    return tag() & 1 ? -score : score;
+  }
+};
+
+// Sorts the row's best and writes k values and indices; `keys` has room for k. Free slots take the lowest latents not
+// chosen: competitors first (all of them sit at the floor), then the rest with value 0.
 template <class T>
-inline void write_row(Row<Acc<T>>& row, Key<Acc<T>>* keys, int64_t k, const Competitors& competitors, int activation, T* values,
-                      int32_t* indices) {
+inline void write_row(Row<Acc<T>>& row, const Candidates<Acc<T>>& candidates, Key<Acc<T>>* keys, int64_t k,
+                      const Competitors& competitors, int activation, T* values, int32_t* indices) {
   using A = Acc<T>;
-  row.tighten(keys, k);
+  row.tighten(candidates, k, 0);
   const int64_t found = row.count;
-  std::sort(keys, keys + found, [](Key<A> a, Key<A> b) { return a > b; });
+  for (int64_t j = 0; j < found; ++j) keys[j] = Key<A>(candidates.ranks[j], candidates.tags[j]);
+  std::sort(keys, keys + found, [](const Key<A>& a, const Key<A>& b) { return a.word > b.word; });
   for (int64_t j = 0; j < found; ++j) {
-    values[j] = from_acc<T>(pre_activation_of(keys[j], activation));
-    indices[j] = latent_of(keys[j]);
+    values[j] = from_acc<T>(keys[j].pre_activation());
+    indices[j] = latent_of(keys[j].tag());
   }
   if (found == k) return;
-  std::sort(keys, keys + found, [](Key<A> a, Key<A> b) { return latent_of(a) < latent_of(b); });
+  std::sort(candidates.tags, candidates.tags + found, LowerTag{});
   int64_t out = found, next = 0;
   for (int64_t i = 0; i < competitors.count && out < k; ++i) {
-    if (next < found && latent_of(keys[next]) == competitors[i]) {
+    if (next < found && latent_of(candidates.tags[next]) == competitors[i]) {
       ++next;
       continue;
     }
