@@ -78,10 +78,15 @@ def reconstruction_error(
     A large batch in float32 or float64 goes block by block, and what was decoded is never kept: the gradients, which
     are smaller, are formed at once.
     """
-    large = x.numel() > _FUSED_ELEMENTS and x.dtype in (torch.float32, torch.float64)
+    large = x.numel() > _fused_elements(W_dec) and x.dtype in (torch.float32, torch.float64)
     if not large or x.requires_grad or torch.compiler.is_compiling():
         return squared_error(sparse_decode(values, indices, W_dec, b_dec), x, weight) / scale
     return _BlockwiseError.apply(values, indices, W_dec, b_dec, x, weight, scale, torch.is_grad_enabled())
+
+
+def _fused_elements(W_dec: Tensor) -> int:
+    # every block adds a gradient of the size of W_dec: a block much smaller than that would pay more than it saves
+    return max(_FUSED_ELEMENTS, W_dec.numel() // 2)
 
 
 def _block_error(values, indices, W_dec, b_dec, x, weight, scale, places: list[Tensor | None]) -> Tensor:
@@ -103,7 +108,7 @@ class _BlockwiseError(torch.autograd.Function):
         needed = [with_grad and need for need in (ctx.needs_input_grad[0], *ctx.needs_input_grad[2:4])]
         grads = [torch.zeros_like(t) if n else None for t, n in zip((values, W_dec, b_dec), needed, strict=True)]
         total = torch.zeros_like(scale)
-        for rows in row_blocks(x, _FUSED_ELEMENTS):
+        for rows in row_blocks(x, _fused_elements(W_dec)):
             places = [grads[0][rows] if needed[0] else None, grads[1], grads[2]]
             part = None if weight is None else weight[rows]
             block = (values[rows], indices[rows], W_dec, b_dec, x[rows], part, scale)
