@@ -1,7 +1,20 @@
 """Fast, exact kernels, modules and hooks for sparse autoencoders."""
 
-from .ops import backend, sparse_decode, topk_encode
+from ._info import info
+from .hooks import attach, record
+from .nn import SparseCode, TopKSAE
+from .ops import ActivationStats, backend, sparse_decode, topk_encode
 
 __version__ = "0.1.0"
 
-__all__ = ["backend", "sparse_decode", "topk_encode"]
+__all__ = [
+    "ActivationStats",
+    "SparseCode",
+    "TopKSAE",
+    "attach",
+    "backend",
+    "info",
+    "record",
+    "sparse_decode",
+    "topk_encode",
+]

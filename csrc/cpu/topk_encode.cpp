@@ -31,7 +31,7 @@ namespace SK_ISA {
 namespace {
 
 constexpr int64_t kBlockBytes = 8 << 20, kCandidateBytes = 16 << 20, kTileBytes = 512 << 10;
-constexpr int64_t kFewRows = 32;
+constexpr int64_t kFewRows = 16;
 
 #if defined(__AVX512F__)
 constexpr int kMR = 14;
@@ -363,14 +363,18 @@ template <class T> void encode_few(const EncodeArgs<T>& args) {
   for (int64_t i = 0; i < rows * d_in; ++i) x[i] = to_acc(args.x[i]);
   for (int64_t i = 0; i < workers * rows; ++i) state[i].reset(args.activation);
 
-  const Scatter scatter(quads);
+  // scattered runs, each long enough for the hardware to stream
+  constexpr int64_t kRun = 16;
+  const int64_t runs = (quads + kRun - 1) / kRun;
+  const Scatter scatter(runs);
   parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
     for (int64_t w = begin; w < end; ++w) {
-      for (int64_t q = quads * w / workers; q < quads * (w + 1) / workers; ++q) {
-        const int64_t first = scatter(q) * 4, mine = w * rows;
+      for (int64_t i = runs * w / workers * kRun; i < runs * (w + 1) / workers * kRun; ++i) {
+        const int64_t first = (scatter(i / kRun) * kRun + i % kRun) * 4, mine = w * rows;
+        if (first >= competitors.count) continue;
         const int n = static_cast<int>(std::min<int64_t>(4, competitors.count - first));
         int32_t latents[4] = {};
-        for (int i = 0; i < n; ++i) latents[i] = competitors[first + i];
+        for (int j = 0; j < n; ++j) latents[j] = competitors[first + j];
         int64_t r = 0;
         for (; r + 4 <= rows; r += 4)
           filter_rows<T, 4>(args, x + r * d_in, latents, n, state + (mine + r), candidates.row(mine + r));
@@ -392,6 +396,13 @@ template <class T> void encode_few(const EncodeArgs<T>& args) {
 
 template <class T> void encode(const EncodeArgs<T>& args) {
   if (args.rows == 0) return;
+  if (args.n_competitors == 0) {
+    for (int64_t i = 0; i < args.rows * args.k; ++i) {
+      args.values[i] = from_acc<T>(Acc<T>(0));
+      args.indices[i] = static_cast<int32_t>(i % args.k);
+    }
+    return;
+  }
   args.rows <= kFewRows ? encode_few(args) : encode_many(args);
 }
 

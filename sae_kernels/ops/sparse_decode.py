@@ -70,7 +70,10 @@ def _check(values, indices, W_dec, b_dec) -> None:
 
 def decode_with(backend: str, values: Tensor, indices: Tensor, W_dec: Tensor, b_dec: Tensor | None) -> Tensor:
     """The forward kernel of `backend` on 2-d, checked tensors."""
-    decode = reference.sparse_decode if backend == "reference" else _forward
+    if backend == "reference":
+        decode = torch.autocast(values.device.type, enabled=False)(reference.sparse_decode)
+    else:
+        decode = _forward
     if torch.compiler.is_compiling():
         return decode(values, indices, W_dec, b_dec)
     try:

@@ -89,7 +89,8 @@ class _TopKEncode(torch.autograd.Function):
     @staticmethod
     def forward(x, W_enc, b_enc, k, activation, latent_mask, backend):
         if backend == "reference":
-            return reference.topk_encode(x, W_enc, b_enc, k, activation, latent_mask)
+            with torch.autocast(x.device.type, enabled=False):  # which would select on rounded pre-activations
+                return reference.topk_encode(x, W_enc, b_enc, k, activation, latent_mask)
         return _forward(x, W_enc, b_enc, k, ACTIVATIONS.index(activation), latent_mask)
 
     @staticmethod
