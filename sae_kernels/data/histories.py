@@ -1,4 +1,4 @@
-"""Histories: the items of every user as one flat tensor and offsets; batches as multi-hot rows, bags or padded sequences."""
+"""Histories: every user's items as one flat tensor and offsets; batches as multi-hot rows, bags or padded sequences."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -28,7 +28,8 @@ class Histories:
                 came = f"{t.dtype} {tuple(t.shape)}" if isinstance(t, Tensor) else type(t).__name__
                 raise TypeError(f"Histories: {name} must be a 1-d int64 tensor, got {came}")
         offsets = self.offsets
-        if offsets.numel() == 0 or offsets[0] != 0 or offsets[-1] != self.flat.numel() or bool((offsets.diff() < 0).any()):
+        ends_fit = offsets.numel() > 0 and offsets[0] == 0 and offsets[-1] == self.flat.numel()
+        if not ends_fit or bool((offsets.diff() < 0).any()):
             raise ValueError(f"Histories: offsets must rise from 0 to len(flat) = {self.flat.numel()} without falling")
         if self.flat.numel():
             low, high = (int(v) for v in self.flat.aminmax())
@@ -39,7 +40,7 @@ class Histories:
     def from_pairs(
         cls, users: Tensor, items: Tensor, n_users: int, n_items: int, order: Tensor | None = None
     ) -> "Histories":
-        """users, items [n] int64 codes; order [n]: rows of a user are sorted by it, else they keep their given order."""
+        """users, items [n] int64 codes; order [n]: a user's rows are sorted by it, else they keep their given order."""
         if users.shape != items.shape or (order is not None and order.shape != users.shape):
             raise ValueError("Histories.from_pairs: users, items and order must have one length")
         if users.numel() and (int(users.min()) < 0 or int(users.max()) >= n_users):
@@ -87,7 +88,7 @@ class Histories:
         return Histories(*take(self.flat, self.offsets, self._rows(rows)), self.n_items)
 
     def bags(self, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """(flat, offsets [B + 1]) of the users `rows`, of all without: what encode_histories and score_histories take."""
+        """(flat, offsets [B + 1]) of the users `rows`, of all without: what a model's encode_histories takes."""
         return (self.flat, self.offsets) if rows is None else take(self.flat, self.offsets, self._rows(rows))
 
     def batch(self, rows: Tensor | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -118,7 +119,8 @@ class Histories:
     def filter(self, kept: Tensor) -> "Histories":
         """The same users with only the entries of flat where kept [nnz] bool is True."""
         if kept.dtype != torch.bool or kept.shape != self.flat.shape:
-            raise ValueError(f"Histories.filter: kept must be bool [{self.flat.numel()}], got {kept.dtype} {tuple(kept.shape)}")
+            came = f"{kept.dtype} {tuple(kept.shape)}"
+            raise ValueError(f"Histories.filter: kept must be bool [{self.flat.numel()}], got {came}")
         counts = torch.zeros(kept.numel() + 1, dtype=torch.int64, device=kept.device)
         torch.cumsum(kept, 0, out=counts[1:])
         return Histories(self.flat[kept], counts[self.offsets], self.n_items)
@@ -128,7 +130,8 @@ class Histories:
 
     def _rows(self, rows: Tensor) -> Tensor:
         if not isinstance(rows, Tensor) or rows.dtype != torch.int64 or rows.dim() != 1:
-            raise TypeError(f"Histories: rows must be a 1-d int64 tensor, got {getattr(rows, 'dtype', type(rows).__name__)}")
+            came = getattr(rows, "dtype", type(rows).__name__)
+            raise TypeError(f"Histories: rows must be a 1-d int64 tensor, got {came}")
         if rows.numel() and (int(rows.min()) < 0 or int(rows.max()) >= len(self)):
             raise IndexError(f"Histories: rows must be in [0, {len(self)}), got {int(rows.min())} to {int(rows.max())}")
         return rows.to(self.flat.device)

@@ -17,9 +17,8 @@ class Concepts:
 
     def __post_init__(self) -> None:
         if self.labels.dtype != torch.bool or self.labels.dim() != 2 or self.labels.shape[1] != len(self.names):
-            raise ValueError(
-                f"Concepts: labels must be bool [n_items, {len(self.names)}], got {self.labels.dtype} {tuple(self.labels.shape)}"
-            )
+            came = f"{self.labels.dtype} {tuple(self.labels.shape)}"
+            raise ValueError(f"Concepts: labels must be bool [n_items, {len(self.names)}], got {came}")
 
 
 @dataclass(eq=False)

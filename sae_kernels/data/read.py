@@ -1,4 +1,4 @@
-"""Reads interactions from one Parquet or CSV file; bad data ends in one line that names file, column and first bad row."""
+"""Reads interactions from Parquet or CSV; bad data ends in one line that names file, column and first bad row."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,16 +28,16 @@ def read_interactions(
 ) -> Interactions:
     """Interactions of a .parquet, .csv or .tsv file (.csv.gz too), one row per user and item.
 
-    min_rating keeps the rows with at least that rating; then users with fewer than min_user rows are left out. What both
-    removed stands in .filtered. time_col (numbers or dates) orders the rows of a user.
+    min_rating keeps the rows with at least that rating; then users with fewer than min_user rows are left out. What
+    both removed stands in .filtered. time_col (numbers or dates) orders the rows of a user.
 
-    ids: "int": user and item ids must be whole numbers; "text": they are taken as texts; "auto": a column is text where its
-    first value is no whole number, else all of it must be numbers. duplicates: a pair of user and item that comes twice is
-    an error, or its first or last row is kept and the others are counted in .filtered.
+    ids: "int": user and item ids must be whole numbers; "text": they are taken as texts; "auto": a column is text where
+    its first value is no whole number, else all of it must be numbers. duplicates: a pair of user and item that comes
+    twice is an error, or its first or last row is kept and the others are counted in .filtered.
 
-    Raises FileNotFoundError, TypeError or ValueError; a missing column, an empty file, an empty or non-numeric id, a NaN
-    or non-numeric rating or time and a repeated pair each name file, column and first bad row (rows count from 1, without
-    the header). Needs pandas (and pyarrow for Parquet).
+    Raises FileNotFoundError, TypeError or ValueError; a missing column, an empty file, an empty or non-numeric id, a
+    NaN or non-numeric rating or time and a repeated pair each name file, column and first bad row (rows count from 1,
+    without the header). Needs pandas (and pyarrow for Parquet).
     """
     path = Path(path)
     for name, value, known in (("ids", ids, ID_KINDS), ("duplicates", duplicates, DUPLICATES)):
@@ -65,7 +65,8 @@ def read_interactions(
         filtered["interactions of those users"] = int(few.sum())
         frame = frame[~few]
     if frame.empty:
-        raise ValueError(f"{path}: no interaction is left; " + "; ".join(f"{k}: {v} removed" for k, v in filtered.items()))
+        removed = "; ".join(f"{what}: {count} removed" for what, count in filtered.items())
+        raise ValueError(f"{path}: no interaction is left; {removed}")
     return _coded(path.stem, frame, user_col, item_col, time_col, filtered)
 
 
@@ -110,7 +111,8 @@ def _fail(path: Path, column: "pandas.Series", bad: "pandas.Series", expected: s
     if bad.any():
         row = int(bad.to_numpy().argmax())
         value = column.iloc[row]
-        shown = "an empty value" if pandas_module().isna(value) else repr(value if isinstance(value, str) else float(value))
+        empty = pandas_module().isna(value)
+        shown = "an empty value" if empty else repr(value if isinstance(value, str) else float(value))
         raise ValueError(f"{path}: column {column.name!r}, row {row + 1}: {shown}, expected {expected}")
 
 

@@ -29,16 +29,18 @@ def simulate(
     """Users who pick items by concept, in sequence; the truth comes back in .concepts, .user_taste and .transitions.
 
     Items carry 1 to 3 concepts, mostly of one group of four (concepts co-occur), and a Zipf popularity: weight
-    rank^-popularity. A user's taste is a softmax over concepts, sharper with `taste`, correlated within a group. The next
-    item's concept follows the last one's row of .transitions (stay, or move on to the next of its group) with chance
-    `order`, else the user's taste; within a concept items are drawn by popularity, never twice. Lengths are log-normal
-    about mean_length, at least 5. .order is the place in the sequence. The same arguments give the same data.
+    rank^-popularity. A user's taste is a softmax over concepts, sharper with `taste`, correlated within a group. The
+    next item's concept follows the last one's row of .transitions (stay, or move on to the next of its group) with
+    chance `order`, else the user's taste; within a concept items are drawn by popularity, never twice. Lengths are
+    log-normal about mean_length, at least 5. .order is the place in the sequence. The same arguments give the same
+    data.
     """
     _check(n_users, n_items, n_concepts, mean_length, popularity, order, concepts_per_item)
     generator = torch.Generator().manual_seed(seed)
     group = torch.arange(n_concepts) // GROUP
     labels = _item_concepts(n_items, group, concepts_per_item, generator)
-    weight = torch.arange(1, n_items + 1, dtype=torch.float64).pow(-popularity)[torch.randperm(n_items, generator=generator)]
+    rank = torch.randperm(n_items, generator=generator) + 1
+    weight = rank.double().pow(-popularity)
     tastes = _tastes(n_users, group, taste, generator)
     transitions = _transitions(group)
     lengths = (torch.randn(n_users, generator=generator) * 0.5 - 0.125).exp().mul_(mean_length).round_().long()
@@ -61,7 +63,7 @@ def simulate(
 
 
 def _item_concepts(n_items: int, group: Tensor, count: tuple[int, int], generator: torch.Generator) -> Tensor:
-    """[n_items, n_concepts] bool. The first concept goes round, so that each has its share; the others prefer its group."""
+    """[n_items, n_concepts] bool. First concepts go round, so that each has its share; the others prefer its group."""
     n_concepts = group.numel()
     first = torch.arange(n_items)[torch.randperm(n_items, generator=generator)] % n_concepts
     extra = torch.randint(count[0] - 1, count[1], (n_items,), generator=generator).clamp(max=n_concepts - 1)
@@ -95,10 +97,10 @@ def _transitions(group: Tensor) -> Tensor:
 
 
 def _walk(labels, weight, tastes, transitions, lengths, order, generator) -> tuple[Tensor, Tensor, Tensor]:
-    """All users take one step at a time; an item that the user has is drawn again, up to TRIES times, else the step is lost."""
+    """All users step together; an item that the user has is drawn again, up to TRIES times, else the step is lost."""
     n_users, (n_items, n_concepts) = lengths.numel(), labels.shape
     concept_of, item_of = labels.T.nonzero().unbind(1)
-    # one running sum over the items of concept 0, then concept 1, ...: a uniform number in a concept's span draws an item
+    # one running sum over the items of concept 0, then 1, ...: a uniform number in a concept's span draws an item
     edges = weight[item_of].cumsum(0)
     ends = edges[concept_of.bincount(minlength=n_concepts).cumsum(0) - 1]
     starts = torch.cat([ends.new_zeros(1), ends[:-1]])
@@ -131,10 +133,10 @@ def _check(n_users, n_items, n_concepts, mean_length, popularity, order, concept
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"simulate: {name} must be an int of at least 1, got {value!r}")
     if n_items < n_concepts:
-        raise ValueError(f"simulate: every concept needs an item: n_items = {n_items} is less than n_concepts = {n_concepts}")
+        raise ValueError(f"simulate: every concept needs an item: n_items = {n_items} < n_concepts = {n_concepts}")
     low, high = concepts_per_item
     if not 1 <= low <= high:
-        raise ValueError(f"simulate: concepts_per_item must be (low, high) with 1 <= low <= high, got {concepts_per_item}")
+        raise ValueError(f"simulate: concepts_per_item must be (low, high), 1 <= low <= high, got {concepts_per_item}")
     if not 0 <= order <= 1:
         raise ValueError(f"simulate: order must be in [0, 1], got {order}")
     if not mean_length >= 1:

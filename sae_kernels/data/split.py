@@ -13,8 +13,8 @@ from .histories import Histories
 class TargetSplit:
     """What a model may see of each user and what it has to find.
 
-    inputs, targets: Histories of the same users; rows [len(inputs)] int64: their rows before the split; dropped: users left
-    out because nothing would remain as input or as target.
+    inputs, targets: Histories of the same users; rows [len(inputs)] int64: their rows before the split; dropped: users
+    left out because nothing would remain as input or as target.
     """
 
     inputs: Histories

@@ -18,19 +18,20 @@ def rank_metrics(
 
     scorer: a recommender of sae_kernels.recommenders; any module that maps multi-hot rows [B, n_items] to scores
     [B, n_items]; or a function of row numbers [B] int64 that returns the scores of those users. A module is run in eval
-    mode, without gradients. histories: what was seen, masked from the ranking; targets: the same users, one target or more
-    each (a target that is also in the history can not be found, and counts as missed).
+    mode, without gradients. histories: what was seen, masked from the ranking; targets: the same users, one target or
+    more each (a target that is also in the history can not be found, and counts as missed).
 
-    Returns "ndcg@k", "recall@k", "hr@k": means over the users; and the same with "_per_user": float64 [n_users].
-    nDCG is binary, its ideal over min(k, targets); Recall divides by min(k, targets). Equal scores rank the lower item
-    first. Raises ValueError where k > n_items, a user has no target, the two differ in users or items, or a score is NaN.
+    Returns "ndcg@k", "recall@k", "hr@k": means over the users; and the same with "_per_user": float64 [n_users]. nDCG
+    is binary, its ideal over min(k, targets); Recall divides by min(k, targets). Equal scores rank the lower item
+    first. Raises ValueError where k > n_items, a user has no target, the two differ in users or items, or a score is
+    NaN.
     """
     _check(histories, targets, k, batch_size)
     return metrics_at_k(top_k_items(scorer, histories, k, batch_size), targets)
 
 
 def metrics_at_k(top: Tensor, targets: Histories) -> dict[str, float | Tensor]:
-    """The metrics of rank_metrics for lists that are there already: top [n_users, k] int64, best first, -1 for no item."""
+    """The metrics of rank_metrics for lists made before: top [n_users, k] int64, best first, -1 for no item."""
     if top.shape[0] != len(targets):
         raise ValueError(f"metrics_at_k: top has {top.shape[0]} users and targets {len(targets)}")
     _check_targets(targets)
@@ -90,8 +91,9 @@ def sampled_rank_metrics(
 ) -> dict[str, float | Tensor]:
     """nDCG@k and hit rate of one target per user among itself and `negatives` random items the user never had.
 
-    The protocol of the SASRec paper (Kang & McAuley 2018); negatives are drawn with replacement. Returns "ndcg@k", "hr@k"
-    and both "_per_user". Equal scores count half a place each. Raises ValueError where a user has not exactly one target.
+    The protocol of the SASRec paper (Kang & McAuley 2018); negatives are drawn with replacement. Returns "ndcg@k",
+    "hr@k" and both "_per_user". Equal scores count half a place each. Raises ValueError where a user has not exactly
+    one target.
     """
     _check(histories, targets, k, batch_size)
     if bool((targets.lengths != 1).any()):
@@ -105,7 +107,8 @@ def sampled_rank_metrics(
         target = targets.flat[rows].unsqueeze(1)
         had = histories.batch(rows, torch.bool).scatter_(1, target, True)
         if bool(had.all(1).any()):
-            raise ValueError(f"sampled_rank_metrics: user row {int(rows[had.all(1)][0])} has every item: no negative is left")
+            row = int(rows[had.all(1)][0])
+            raise ValueError(f"sampled_rank_metrics: user row {row} has every item: no negative is left")
         drawn = (~had).float().multinomial(negatives, replacement=True, generator=generator)
         goal, others = scores.gather(1, target.to(scores.device)), scores.gather(1, drawn.to(scores.device))
         place[rows] = ((others > goal).double() + (others == goal).double() / 2).sum(1).cpu()

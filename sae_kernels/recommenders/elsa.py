@@ -42,7 +42,8 @@ class ELSADecoder(nn.Module):
 class ELSA(nn.Module):
     """forward(x [B, n_items]) -> scores [B, n_items] = decoder(encoder(x)) - x.
 
-    The user embedding is the output of the module "encoder". Without the "- x" an item of the history would score itself.
+    The user embedding is the output of the module "encoder". Without the "- x" an item of the history would score
+    itself.
     """
 
     hook_point = "encoder"
@@ -59,7 +60,7 @@ class ELSA(nn.Module):
         return self.decoder(self.encoder(x)) - x
 
     def encode_histories(self, flat: Tensor, offsets: Tensor) -> Tensor:
-        """Bags (flat [nnz], offsets [B + 1]) -> [B, d]; the multi-hot rows are never built. An empty history gives zeros."""
+        """Bags (flat [nnz], offsets [B + 1]) -> [B, d]; no multi-hot row is built. An empty history gives zeros."""
         return self.encoder(flat, offsets)
 
     def score_histories(self, flat: Tensor, offsets: Tensor) -> Tensor:
@@ -78,7 +79,7 @@ class ELSA(nn.Module):
 
 
 class _NormalizedError(torch.autograd.Function):
-    """h [B, d], A [n_items, d], bags of distinct items -> the loss above, by |p / |p| - x / |x||^2 = 2 - 2 p . x / (|p| |x|)."""
+    """h [B, d], A [n_items, d], bags -> the loss above, by |p / |p| - x / |x||^2 = 2 - 2 p . x / (|p| |x|)."""
 
     @staticmethod
     def forward(ctx, h: Tensor, A: Tensor, flat: Tensor, offsets: Tensor) -> Tensor:

@@ -45,11 +45,12 @@ def fit_collaborative(
 
     progress: wraps the range of steps, as tqdm does (set_postfix is called where it exists). validate(model) -> score,
     higher is better, after every epoch: training stops after `patience` epochs without a new best, and the best epoch's
-    weights are put back. The model ends in eval mode, also where Ctrl-C (KeyboardInterrupt, passed on) ends the run. The
-    same seed gives the same weights on the same machine; torch's global random state is left as it was.
+    weights are put back. The model ends in eval mode, also where Ctrl-C (KeyboardInterrupt, passed on) ends the run.
+    The same seed gives the same weights on the same machine; torch's global random state is left as it was.
     """
     _check(model, histories, epochs, batch_size, lr)
-    return _fit(model, histories, model.training_loss, epochs, batch_size, lr, betas, seed, progress, validate, patience)
+    loss = model.training_loss
+    return _fit(model, histories, loss, epochs, batch_size, lr, betas, seed, progress, validate, patience)
 
 
 def fit_sequential(
@@ -69,8 +70,8 @@ def fit_sequential(
     """Trains SASRec to name the next item at every position of every sequence (items in time order).
 
     negatives: None for the cross-entropy over all items; a number for one over the target and that many random items,
-    drawn anew in every step: cheaper where the items are many. The rest as fit_collaborative. Sequences of fewer than two
-    items teach nothing and are left out.
+    drawn anew in every step: cheaper where the items are many. The rest as fit_collaborative. Sequences of fewer than
+    two items teach nothing and are left out.
     """
     _check(model, sequences, epochs, batch_size, lr)
     if negatives is not None and negatives < 1:
@@ -148,7 +149,8 @@ def _check(model: nn.Module, histories: Bags, epochs: int, batch_size: int, lr: 
     if histories.offsets.numel() < 2:
         raise ValueError("fit: there are no histories to train on")
     if histories.flat.numel() and int(histories.flat.max()) >= model.n_items:
-        raise ValueError(f"fit: histories have item {int(histories.flat.max())} and the model knows {model.n_items} items")
+        highest = int(histories.flat.max())
+        raise ValueError(f"fit: histories have item {highest} and the model knows {model.n_items} items")
     for name, value in (("epochs", epochs), ("batch_size", batch_size)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"fit: {name} must be an int of at least 1, got {value!r}")

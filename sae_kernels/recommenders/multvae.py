@@ -8,7 +8,7 @@ from ._bags import row_ids
 
 
 class MultVAEEncoder(nn.Module):
-    """x [B, n_items], or bags (flat, offsets [B + 1]) -> mu [B, d]. In training the input has dropout; mu has no noise."""
+    """x [B, n_items], or bags (flat, offsets [B + 1]) -> mu [B, d], no noise in it; dropout on the input in training."""
 
     def __init__(self, n_items: int, d: int, hidden: int, p: float) -> None:
         super().__init__()
@@ -41,10 +41,10 @@ class MultVAEEncoder(nn.Module):
 
 
 class MultVAE(nn.Module):
-    """forward(x [B, n_items]) -> logits [B, n_items] = decoder(mu), mu = encoder(x), the output of the module "encoder".
+    """forward(x [B, n_items]) -> logits [B, n_items] = decoder(mu), mu = encoder(x) the output of the module "encoder".
 
-    hidden: width of the tanh layer on either side, 3 d unless given. dropout: on the input. beta: final weight of the KL
-    term, reached linearly after anneal_steps training steps.
+    hidden: width of the tanh layer on either side, 3 d unless given. dropout: on the input. beta: final weight of the
+    KL term, reached linearly after anneal_steps training steps.
     """
 
     hook_point = "encoder"
@@ -65,7 +65,7 @@ class MultVAE(nn.Module):
         if not 0 <= dropout < 1:
             raise ValueError(f"MultVAE: dropout must be in [0, 1), got {dropout}")
         if beta < 0 or anneal_steps < 1:
-            raise ValueError(f"MultVAE: beta must not be negative and anneal_steps at least 1, got {beta} and {anneal_steps}")
+            raise ValueError(f"MultVAE: beta and anneal_steps must be at least 0 and 1, got {beta} and {anneal_steps}")
         hidden = 3 * d if hidden is None else hidden
         self.n_items, self.d, self.beta, self.anneal_steps = n_items, d, beta, anneal_steps
         self.encoder = MultVAEEncoder(n_items, d, hidden, dropout)
@@ -87,7 +87,7 @@ class MultVAE(nn.Module):
         return self.decoder(self.encoder(flat, offsets))
 
     def training_loss(self, flat: Tensor, offsets: Tensor) -> Tensor:
-        """Mean over the rows of -log p(x | z) + beta_t KL(q(z | x) || N(0, 1)), z drawn from q; counts one step of beta."""
+        """Mean over the rows of -log p(x | z) + beta_t KL(q(z | x) || N(0, 1)), z from q; counts one step of beta."""
         mu, log_variance = self.encoder.moments(flat, offsets)
         z = mu + torch.randn_like(mu) * (log_variance / 2).exp()
         log_p = log_softmax(self.decoder(z), dim=-1)

@@ -44,12 +44,13 @@ class Block(nn.Module):
 class SASRec(nn.Module):
     """forward(seq [B, T] int64) -> scores [B, n_items + 1] of what comes after the last position.
 
-    seq holds item code + 1 in time order, padded with 0 on the left, T at most max_len; column 0 of the scores belongs to
-    the padding. Hidden states: the outputs of the modules "blocks.0", "blocks.1", ... and "norm" (the last one), [B, T, d].
+    seq holds item code + 1 in time order, padded with 0 on the left, T at most max_len; column 0 of the scores belongs
+    to the padding. Hidden states: the outputs of the modules "blocks.0", "blocks.1", ... and "norm" (the last one),
+    all [B, T, d].
 
-    mask_padding: True: no position looks at padding and positions count from the end of the sequence, so that the amount
-    of padding changes nothing. False: the conventions of the published code: padding is looked at, positions count from
-    the left end, so that T must be the max_len of its training.
+    mask_padding: True: no position looks at padding and positions count from the end of the sequence, so that the
+    amount of padding changes nothing. False: the conventions of the published code: padding is looked at, positions
+    count from the left end, so that T must be the max_len of its training.
     """
 
     hook_point = "norm"
@@ -66,7 +67,8 @@ class SASRec(nn.Module):
         mask_padding: bool = True,
     ) -> None:
         super().__init__()
-        for name, value in (("n_items", n_items), ("d", d), ("max_len", max_len), ("n_blocks", n_blocks), ("heads", heads)):
+        sizes = {"n_items": n_items, "d": d, "max_len": max_len, "n_blocks": n_blocks, "heads": heads}
+        for name, value in sizes.items():
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"SASRec: {name} must be an int of at least 1, got {value!r}")
         if d % heads:
@@ -137,7 +139,7 @@ class SASRec(nn.Module):
         return self(self._sequences(flat, offsets))[:, 1:]
 
     def training_loss(self, flat: Tensor, offsets: Tensor, negatives: int | None = None) -> Tensor:
-        """Mean cross-entropy of the next item over all positions; over `negatives` random items and the target if given."""
+        """Mean cross-entropy of the next item at all positions; against `negatives` random items alone if given."""
         seq = pad_left(flat, offsets, min(self.max_len + 1, int(offsets.diff().max())))
         inputs, targets = seq[:, :-1], seq[:, 1:]
         real = inputs != 0
@@ -155,7 +157,7 @@ class SASRec(nn.Module):
         return pad_left(flat, offsets, max(min(self.max_len, longest), 1) if self.mask_padding else self.max_len)
 
     def _mask(self, seq: Tensor) -> Tensor:
-        """[B, 1, T, T] bool: what is not later and not padding; every position sees itself, so that no row is all False."""
+        """[B, 1, T, T] bool: what is neither later nor padding; and the position itself, lest a row be all False."""
         T = seq.shape[1]
         causal = torch.ones(T, T, dtype=torch.bool, device=seq.device).tril()
         itself = torch.eye(T, dtype=torch.bool, device=seq.device)
@@ -166,7 +168,8 @@ class SASRec(nn.Module):
             came = seq.dtype if isinstance(seq, Tensor) else type(seq).__name__
             raise TypeError(f"SASRec: seq must be an int64 tensor of item code + 1, got {came}")
         if seq.dim() != 2 or not 1 <= seq.shape[1] <= self.max_len:
-            raise ValueError(f"SASRec: seq must be [B, T] with 1 <= T <= max_len = {self.max_len}, got {tuple(seq.shape)}")
+            shape = tuple(seq.shape)
+            raise ValueError(f"SASRec: seq must be [B, T] with 1 <= T <= max_len = {self.max_len}, got {shape}")
         return seq.shape[1]
 
 
