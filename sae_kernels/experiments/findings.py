@@ -22,7 +22,7 @@ LISTED = 400  # latents in the report's table
 def interpret(model: nn.Module, sae: TopKSAE, parts: Parts, counts: Tensor) -> dict[str, Any]:
     """Concepts with their best latents, latents with their names and top items, and two controls for the AUC.
 
-    counts [d_sae]: on how many training rows each latent fired.
+    counts [d_sae]: on how many rows each latent fired.
     """
     values, indices, items, x = coded_items(model, sae, parts)
     examples = _examples(values, indices, items, parts, sae.d_sae)

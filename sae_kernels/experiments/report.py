@@ -22,8 +22,8 @@ h2 {{ font-size: 20px; margin: 0 0 4px; }}
 .lead, .note {{ color: {MUTED}; margin: 0; max-width: 78ch; }}
 .note {{ font-size: 14.5px; margin-bottom: 12px; }}
 section {{ background: #fff; border: 1px solid #e4e8ec; border-radius: 10px; padding: 22px 24px; margin-top: 20px; }}
-.cards {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: 12px; margin-top: 24px; }}
-.card {{ background: #fff; border: 1px solid #e4e8ec; border-radius: 10px; padding: 14px 16px; }}
+.cards {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(135px, 1fr)); gap: 12px; margin-top: 24px; }}
+.card {{ background: #fff; border: 1px solid #e4e8ec; border-radius: 10px; padding: 13px 14px; }}
 .card b {{ display: block; font-size: 25px; font-weight: 650; font-variant-numeric: tabular-nums; line-height: 1.25; }}
 .card span {{ color: {MUTED}; font-size: 13.5px; line-height: 1.35; display: block; }}
 .two {{ display: grid; grid-template-columns: 1fr 1fr; gap: 20px; }}
@@ -70,8 +70,8 @@ def render(results: dict[str, Any]) -> str:
         "</div>",
         _concepts_section(results),
         _steering_section(results),
-        _section("How often latents fire", "Each latent by the share of training rows on which it is among the active ones; "
-                 f"{results['dead_share']:.2%} of {results['d_sae']:,} never fire.", _plot(_density_figure(results))),
+        _section("How often latents fire", f"Each latent by its share of {results['counted_rows']:,} rows drawn as in "
+                 f"training; {results['dead_share']:.2%} of {results['d_sae']:,} fire on none.", _plot(_density_figure(results))),
         _latents_section(results),
         f"<footer>{escape(_foot(results))}</footer>",
     ]  # fmt: skip
@@ -186,7 +186,7 @@ def _steering_section(results: dict[str, Any]) -> str:
     if not rows:
         return ""
     share = _figure(300, xaxis_title="strength", yaxis_tickformat=".0%", yaxis_title="share of the top 20", yaxis_rangemode="tozero")
-    ndcg = _figure(300, xaxis_title="strength", yaxis_title="nDCG@20 of the user's own targets", yaxis_rangemode="tozero")
+    ndcg = _figure(300, xaxis_title="strength", yaxis_title="nDCG@20", yaxis_rangemode="tozero")
     for place, name in enumerate(dict.fromkeys(row["concept"] for row in rows)):
         here = [row for row in rows if row["concept"] == name]
         x, colour = [row["strength"] for row in here], PALETTE[place % len(PALETTE)]
@@ -198,7 +198,7 @@ def _steering_section(results: dict[str, Any]) -> str:
                    annotation_font={"color": MUTED, "size": 12}, annotation_position="bottom left")  # fmt: skip
     note = (
         "A share of every user's activation is moved to the concept's latents. Left: how much of the list is then of the concept. "
-        "Right: what that costs in the user's own terms."
+        "Right: how well the list still meets what the user went on to choose."
     )
     grid = f"<div class='two'><div style='min-width:0'>{_plot(share)}</div><div style='min-width:0'>{_plot(ndcg)}</div></div>"
     return _section("Steering", note, grid)
@@ -220,7 +220,7 @@ def _latents_section(results: dict[str, Any]) -> str:
         name = f"<span class='tag'>{escape(row['name'])}</span>" if row["name"] else "<span class='soft'>no name</span>"
         auc = f"{row['auc']:.3f}" if row["auc"] else ""
         items = "; ".join(escape(example["title"]) for example in row["examples"])
-        fired = row["fired_rows"] / results["train_rows"]
+        fired = row["fired_rows"] / results["counted_rows"]
         body.append(
             f"<tr><td class='n'>{row['latent']}</td><td>{name}</td><td class='n'>{auc}</td><td class='n'>{fired:.2%}</td>"
             f"<td>{items}</td></tr>"

@@ -1,31 +1,35 @@
 """The stages of the demo, one function each: data, recommender, SAE, figures, concepts, steering."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..data.datasets import load
-from ..data.histories import Histories
-from ..data.interactions import Interactions
-from ..data.read import read_interactions
-from ..data.simulate import simulate
-from ..data.split import TargetSplit, leave_last_out, split_targets, split_users
+from ..data import (
+    Histories,
+    Interactions,
+    TargetSplit,
+    leave_last_out,
+    load,
+    read_interactions,
+    simulate,
+    split_targets,
+    split_users,
+)
 from ..eval.ranking import rank_metrics
 from ..eval.reconstruction import ReconstructionMetrics, reconstruction_metrics
 from ..hooks import attach, record
 from ..nn import TopKSAE
-from ..recommenders.elsa import ELSA
-from ..recommenders.fit import fit_collaborative, fit_sequential
-from ..recommenders.multvae import MultVAE
-from ..recommenders.sasrec import SASRec
+from ..recommenders import ELSA, MultVAE, SASRec, fit_collaborative, fit_sequential
 from ..train import from_model
+from ..train.sources import as_source
 
 K = 20  # the length of a recommendation list
 ROWS = 1024  # rows of one SAE step
+COUNTED = 64  # batches on which it is counted how often each latent fires
 POSITIONS = 60_000  # positions of sequences on which latents are compared with concepts
 
 
@@ -42,7 +46,7 @@ class Recipe:
 RECIPES = {
     "elsa": Recipe((64, 256), (12, 4), (256, 1024), 3e-3),
     "multvae": Recipe((64, 128), (30, 20), (256, 512), 1e-3),
-    "sasrec": Recipe((64, 64), (15, 20), (128, 128), 1e-3),
+    "sasrec": Recipe((64, 64), (8, 20), (128, 128), 1e-3),
 }
 
 
@@ -68,7 +72,8 @@ def load_data(config: Any) -> Interactions:
         )
     if config.data is not None:
         return load(config.data)
-    return simulate(*config.simulate, seed=config.seed)
+    # sharp tastes and some order: concepts can be found from sets of items and from sequences alike
+    return simulate(*config.simulate, seed=config.seed, taste=4.0, order=0.4)
 
 
 def split(data: Interactions, config: Any) -> Parts:
@@ -139,6 +144,12 @@ def embeddings(model: nn.Module, histories: Histories, batch: int = 512) -> Iter
 
 def reconstruction(model: nn.Module, sae: TopKSAE, histories: Histories) -> ReconstructionMetrics:
     return reconstruction_metrics(sae, (x for x, _ in embeddings(model, histories)))
+
+
+def reconstruction_as_trained(model: nn.Module, sae: TopKSAE, parts: Parts, config: Any) -> ReconstructionMetrics:
+    """On COUNTED fresh batches of what the SAE was trained on: other sub-histories, other sequences."""
+    source = as_source(training_source(model, parts, replace(config, seed=config.seed + 1)), ROWS, config.seed + 1)
+    return reconstruction_metrics(sae, (source.next() for _ in range(COUNTED)))
 
 
 def ranking(model: nn.Module, parts: Parts, sae: TopKSAE | None = None) -> dict[str, float]:
