@@ -8,7 +8,7 @@ from ._bags import row_ids
 
 
 class MultVAEEncoder(nn.Module):
-    """x [B, n_items], or bags (flat, offsets [B + 1]) -> mu [B, d], no noise in it; dropout on the input in training."""
+    """x [B, n_items], or bags (flat, offsets [B + 1]) -> mu [B, d]. In training the input has dropout; mu no noise."""
 
     def __init__(self, n_items: int, d: int, hidden: int, p: float) -> None:
         super().__init__()
