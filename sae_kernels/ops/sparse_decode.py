@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from . import _checks, reference
+from . import _autocast, _checks, reference
 from ._backend import pick
 
 _lib = torch.library.Library("sae_kernels", "FRAGMENT")
@@ -43,8 +43,7 @@ def sparse_decode(values: Tensor, indices: Tensor, W_dec: Tensor, b_dec: Tensor 
     Under autocast, tensors of different floating dtypes are brought to W_dec's. Raises TypeError or ValueError that names
     the argument; an index out of range raises ValueError (RuntimeError inside a compiled graph).
     """
-    if isinstance(values, Tensor) and torch.is_autocast_enabled(values.device.type) and values.is_floating_point():
-        values, b_dec = values.to(W_dec.dtype), None if b_dec is None else b_dec.to(W_dec.dtype)
+    values, b_dec = _autocast.widened(W_dec, values, b_dec)
     _check(values, indices, W_dec, b_dec)
     k = values.shape[-1]
     y = _SparseDecode.apply(values.reshape(-1, k), indices.reshape(-1, k), W_dec, b_dec, pick(values.device))
@@ -70,10 +69,7 @@ def _check(values, indices, W_dec, b_dec) -> None:
 
 def decode_with(backend: str, values: Tensor, indices: Tensor, W_dec: Tensor, b_dec: Tensor | None) -> Tensor:
     """The forward kernel of `backend` on 2-d, checked tensors."""
-    if backend == "reference":
-        decode = torch.autocast(values.device.type, enabled=False)(reference.sparse_decode)
-    else:
-        decode = _forward
+    decode = _reference_forward if backend == "reference" else _forward
     if torch.compiler.is_compiling():
         return decode(values, indices, W_dec, b_dec)
     try:
@@ -85,6 +81,11 @@ def decode_with(backend: str, values: Tensor, indices: Tensor, W_dec: Tensor, b_
                 f"{_OUT_OF_RANGE} must be in [0, d_sae = {W_dec.shape[0]}), got values from {low} to {high}"
             ) from None
         raise
+
+
+def _reference_forward(values: Tensor, indices: Tensor, W_dec: Tensor, b_dec: Tensor | None) -> Tensor:
+    with _autocast.switched_off(values.device):
+        return reference.sparse_decode(values, indices, W_dec, b_dec)
 
 
 class _SparseDecode(torch.autograd.Function):

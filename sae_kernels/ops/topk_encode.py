@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from . import _checks, reference
+from . import _autocast, _checks, reference
 from ._backend import pick
 from .sparse_decode import decode_with
 
@@ -53,8 +53,7 @@ def topk_encode(
     the argument, before any work.
     """
     x_dtype = x.dtype if isinstance(x, Tensor) else None
-    if x_dtype is not None and torch.is_autocast_enabled(x.device.type) and x.is_floating_point():
-        x, b_enc = x.to(W_enc.dtype), None if b_enc is None else b_enc.to(W_enc.dtype)
+    x, b_enc = _autocast.widened(W_enc, x, b_enc)
     _check(x, W_enc, b_enc, k, activation, latent_mask)
     flat = x.reshape(-1, x.shape[-1])
     values, indices = _TopKEncode.apply(flat, W_enc, b_enc, k, activation, latent_mask, pick(x.device))
@@ -89,7 +88,7 @@ class _TopKEncode(torch.autograd.Function):
     @staticmethod
     def forward(x, W_enc, b_enc, k, activation, latent_mask, backend):
         if backend == "reference":
-            with torch.autocast(x.device.type, enabled=False):  # which would select on rounded pre-activations
+            with _autocast.switched_off(x.device):
                 return reference.topk_encode(x, W_enc, b_enc, k, activation, latent_mask)
         return _forward(x, W_enc, b_enc, k, ACTIVATIONS.index(activation), latent_mask)
 

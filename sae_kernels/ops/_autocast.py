@@ -1,0 +1,22 @@
+"""What the ops do under torch.autocast: tensors of several floating dtypes are brought to the weights'."""
+
+import contextlib
+from contextlib import AbstractContextManager
+
+import torch
+from torch import Tensor
+
+
+def widened(weight: object, *tensors: Tensor | None) -> tuple:
+    """The tensors in the weight's dtype where autocast is on for its device; else as they came."""
+    on = isinstance(weight, Tensor) and torch.amp.is_autocast_available(weight.device.type)
+    if not on or not torch.is_autocast_enabled(weight.device.type):
+        return tensors
+    return tuple(t.to(weight.dtype) if isinstance(t, Tensor) and t.is_floating_point() else t for t in tensors)
+
+
+def switched_off(device: torch.device) -> AbstractContextManager:
+    """Around a reference: autocast would make it select on rounded pre-activations."""
+    if torch.amp.is_autocast_available(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return contextlib.nullcontext()
