@@ -17,6 +17,14 @@ from sae_kernels.train.sources import CallableSource, IteratorSource, TensorSour
 D_IN, D_SAE, K = 8, 32, 4
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def data():
     """Sparse mixtures of 16 directions: a SAE has something to find."""

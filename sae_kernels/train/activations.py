@@ -26,7 +26,7 @@ def load_activations(path: str | os.PathLike, key: str | None = None) -> Tensor:
         raise FileNotFoundError(f"{path}: no such file")
     try:
         arrays = _read(path)
-    except (zipfile.BadZipFile, EOFError, UnpicklingError, RuntimeError) as error:
+    except (zipfile.BadZipFile, EOFError, UnpicklingError, RuntimeError, ValueError) as error:
         raise ValueError(f"{path}: not a readable {path.suffix} file: {str(error).splitlines()[0]}") from None
     x = _choose(path, arrays, key)
     if x.shape[-1] == 0 or x.numel() == 0:
@@ -43,7 +43,11 @@ def _read(path: Path) -> dict[str, Tensor]:
         found = torch.load(path, map_location="cpu", weights_only=True)
         return found if isinstance(found, dict) else {"": found}
     if path.suffix == ".safetensors":
-        return need("safetensors.torch", "reading .safetensors", "train").load_file(path)
+        safetensors = need("safetensors.torch", "reading .safetensors", "train")
+        try:
+            return safetensors.load_file(path)
+        except need("safetensors", "reading .safetensors", "train").SafetensorError as error:
+            raise ValueError(str(error)) from None
     numpy = need("numpy", f"reading {path.suffix}", "train")
     found = numpy.load(path, allow_pickle=False)
     arrays = {"": found} if path.suffix == ".npy" else {name: found[name] for name in found.files}
