@@ -106,8 +106,12 @@ def _add_demo(commands) -> None:
     )  # fmt: skip
     data = parser.add_argument_group("data (none: a simulated catalogue whose concepts are known)")
     source = data.add_mutually_exclusive_group()
-    source.add_argument("--data", type=Path, metavar="DIR", help="a folder laid out as goodbooks10k, ml1m or ml_latest_small")
-    source.add_argument("--interactions", type=Path, metavar="FILE", help="a Parquet or CSV file, one row per (user, item)")
+    source.add_argument(
+        "--data", type=Path, metavar="DIR", help="a folder laid out as goodbooks10k, ml1m or ml_latest_small"
+    )
+    source.add_argument(
+        "--interactions", type=Path, metavar="FILE", help="a Parquet or CSV file, one row per (user, item)"
+    )
     for name in ("user", "item", "rating", "time"):
         data.add_argument(f"--{name}-col", metavar="NAME", help=f"its column of {name}s")
     data.add_argument("--min-rating", type=float, metavar="R", help="keep ratings of R and more")
@@ -133,11 +137,15 @@ def _add_train(commands) -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the checkpoint's folder")
     parser.add_argument("--width", type=int, default=8, help="latents per input dimension (8)")
     parser.add_argument("--k", type=int, default=32, help="active latents per row (32)")
-    parser.add_argument("--normalize", choices=NORMALIZERS, default="standardize", help="input normaliser (standardize)")
+    parser.add_argument(
+        "--normalize", choices=NORMALIZERS, default="standardize", help="input normaliser (standardize)"
+    )
     parser.add_argument("--steps", type=int, default=5000)
     parser.add_argument("--batch-size", type=int, default=1024)
     parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--held-out", type=float, default=0.05, help="share of rows kept away for the final figures (0.05)")
+    parser.add_argument(
+        "--held-out", type=float, default=0.05, help="share of rows kept away for the final figures (0.05)"
+    )
     parser.add_argument("--checkpoint-every", type=int, default=1000, metavar="STEPS")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out")

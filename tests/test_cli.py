@@ -41,7 +41,11 @@ def acts(tmp_path):
 def python(*arguments, **options):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run(
-        [sys.executable, "-m", "sae_kernels", *map(str, arguments)], capture_output=True, text=True, env=environment, **options
+        [sys.executable, "-m", "sae_kernels", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env=environment,
+        **options,
     )
 
 
@@ -58,7 +62,10 @@ def refused(capsys, *arguments):
 
 def test_train_then_eval(tmp_path, acts, capsys):
     out = tmp_path / "sae"
-    assert cli.main(["train", str(acts), "--out", str(out), "--normalize", "l2", "--held-out", "0", "--seed", "3", *SMALL]) == 0
+    assert (
+        cli.main(["train", str(acts), "--out", str(out), "--normalize", "l2", "--held-out", "0", "--seed", "3", *SMALL])
+        == 0
+    )
     assert capsys.readouterr().out == ""
     sae = load_sae(out)
     assert (sae.d_in, sae.d_sae, sae.k, sae.normalize) == (8, 32, 4, "l2")
@@ -88,11 +95,26 @@ def test_seed_and_normaliser_change_the_weights(tmp_path, acts):
 
 def test_ctrl_c_and_resume(tmp_path, acts):
     """A real Ctrl-C in a real process: exit code 130, a message how to go on, and the same bits in the end."""
-    command = ["train", acts, "--width", "4", "--k", "4", "--steps", "1200", "--batch-size", "32", "--checkpoint-every", "50"]
+    command = [
+        "train",
+        acts,
+        "--width",
+        "4",
+        "--k",
+        "4",
+        "--steps",
+        "1200",
+        "--batch-size",
+        "32",
+        "--checkpoint-every",
+        "50",
+    ]
     process = subprocess.Popen(
         [sys.executable, "-m", "sae_kernels", *map(str, command), "--out", str(tmp_path / "cut")],
-        stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
     deadline = time.monotonic() + 60
     while not (tmp_path / "cut" / "config.json").is_file() and time.monotonic() < deadline:
         time.sleep(0.02)
@@ -175,7 +197,11 @@ def test_info(capsys):
         assert (facts["backend"], facts["native_cpu"]) == ("cpu", "loaded")
         assert facts["instruction_set"] in _native.ISAS
     else:
-        assert (facts["backend"], facts["instruction_set"], facts["native_cpu"]) == ("reference", None, _native.cpu_error)
+        assert (facts["backend"], facts["instruction_set"], facts["native_cpu"]) == (
+            "reference",
+            None,
+            _native.cpu_error,
+        )
     assert set(facts["gpu_verified"]) == {"topk_encode", "sparse_decode", "ActivationStats"}
     with backend("reference"):
         assert info()["backend"] == "reference" and "forced" in format_info(info())
@@ -189,17 +215,22 @@ def test_info_without_the_native_library():
     done = python("info", timeout=60, cwd=os.getcwd())
     assert done.returncode == 0
     without = subprocess.run(
-        [sys.executable, "-m", "sae_kernels", "info"], capture_output=True, text=True, timeout=60,
+        [sys.executable, "-m", "sae_kernels", "info"],
+        capture_output=True,
+        text=True,
+        timeout=60,
         env={**os.environ, "SAE_KERNELS_NATIVE": "0"},
-    )  # fmt: skip
+    )
     assert "switched off by SAE_KERNELS_NATIVE=0" in without.stdout and "reference" in without.stdout
 
 
 def test_demo_command(tmp_path, capsys, monkeypatch):
     seen = {}
     monkeypatch.setattr(demo, "run_demo", lambda config: seen.update(vars(config)))
-    command = "demo --model sasrec --d 16 --width 2 --k 4 --steps 30 --normalize l2 --seed 7 --epochs 3 --resume --quiet --out"
-    assert cli.main([*command.split(), str(tmp_path)]) == 0
+    command = (
+        "demo --model sasrec --d 16 --width 2 --k 4 --steps 30 --normalize l2 --seed 7 --epochs 3 --resume --quiet"
+    )
+    assert cli.main([*command.split(), "--out", str(tmp_path)]) == 0
     wanted = {"model": "sasrec", "d": 16, "width": 2, "k": 4, "steps": 30, "normalize": "l2", "seed": 7, "epochs": 3}
     assert {name: seen[name] for name in wanted} == wanted
     assert seen["resume"] and seen["quiet"] and seen["out"] == tmp_path
@@ -209,8 +240,21 @@ def test_demo_prints_its_tables(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(stages, "simulate", lambda *_, **options: simulate(400, 120, 6, **options))
     assert cli.main(["demo", "--d", "16", "--steps", "20", "--epochs", "2", "--out", str(tmp_path / "run")]) == 0
     out, err = capsys.readouterr()
-    for wanted in ("base   with SAE", "nDCG@20", "Recall@20", "FVU", "cosine", "L0", "dead", "best latent for each of the 6",
-                   "AUC", "steering, mean over", "share of top-20", "backend:", "report.html"):  # fmt: skip
+    for wanted in (
+        "base   with SAE",
+        "nDCG@20",
+        "Recall@20",
+        "FVU",
+        "cosine",
+        "L0",
+        "dead",
+        "best latent for each of the 6",
+        "AUC",
+        "steering, mean over",
+        "share of top-20",
+        "backend:",
+        "report.html",
+    ):
         assert wanted in out, wanted
     assert "elsa: 100%" in err and "SAE: 100%" in err
     assert (tmp_path / "run" / "report.html").is_file()

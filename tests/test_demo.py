@@ -17,8 +17,17 @@ from sae_kernels.train import loop as train_loop
 pytest.importorskip("plotly", reason="the demo's report needs plotly")
 
 KEYS = (
-    "base_ndcg@20", "sae_ndcg@20", "base_recall@20", "sae_recall@20", "fvu", "cosine", "l0", "dead_share", "backend", "seconds",
-)  # fmt: skip
+    "base_ndcg@20",
+    "sae_ndcg@20",
+    "base_recall@20",
+    "sae_recall@20",
+    "fvu",
+    "cosine",
+    "l0",
+    "dead_share",
+    "backend",
+    "seconds",
+)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -60,7 +69,7 @@ def test_elsa_figures(elsa):
     metrics = json.loads((config.out / "metrics.json").read_text())
     assert all(key in metrics for key in KEYS)
     assert metrics["backend"] in ("cpu", "reference")
-    # a list of 20 random items of 300 holds a target with chance 1 / 15; the planted tastes are worth several times that
+    # a list of 20 random items of 300 holds a target with chance 1 / 15; the planted tastes are worth more
     assert metrics["base_recall@20"] > 0.12
     assert metrics["sae_ndcg@20"] > 0.85 * metrics["base_ndcg@20"]
     assert metrics["fvu"] < 0.5 and metrics["cosine"] > 0.8

@@ -67,7 +67,9 @@ def test_hand_computed():
     metrics.update(x, x_hat, values, indices)
     found = metrics.compute()
     # error 1 + 8 + 0 + 1; mean (0.5, 0.5), deviations 2.5 + 2.5 + 0.5 + 0.5; cosines 1, 0, 1 (both zero), 0 (one zero)
-    assert found == pytest.approx({"fvu": 10 / 6, "mse": 10 / 8, "cosine": 0.5, "l0": 0.75, "dead_share": 0.5, "rows": 4})
+    assert found == pytest.approx(
+        {"fvu": 10 / 6, "mse": 10 / 8, "cosine": 0.5, "l0": 0.75, "dead_share": 0.5, "rows": 4}
+    )
     assert metrics.counts.tolist() == [2, 0, 1, 0]
 
 
@@ -127,7 +129,9 @@ def test_of_a_module():
     sae = TopKSAE(D_IN, D_SAE, K, normalize="standardize").train()
     x = torch.randn(90, D_IN)
     seen = []
-    found = reconstruction_metrics(sae, x.reshape(9, 10, D_IN), batch_size=32, each=lambda v, i: seen.append((v, i))).compute()
+    found = reconstruction_metrics(
+        sae, x.reshape(9, 10, D_IN), batch_size=32, each=lambda v, i: seen.append((v, i))
+    ).compute()
     assert sae.training, "the mode is put back"
     code = sae.encode(x)
     expected = oracle(x.double(), sae.decode(code).detach().double(), code.values.detach().double(), code.indices)

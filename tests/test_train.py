@@ -1,6 +1,5 @@
 """The training loop: what each option does, exact resumption from every source, checkpoints that fit or say why not."""
 
-import json
 import os
 import signal
 
@@ -10,7 +9,7 @@ from torch import nn
 
 from sae_kernels.eval.reconstruction import evaluate_reconstruction
 from sae_kernels.nn.sae import TopKSAE
-from sae_kernels.train import Interrupted, fit, from_model, load_sae, save_sae
+from sae_kernels.train import Interrupted, fit, from_model, save_sae
 from sae_kernels.train.loop import _Plan
 from sae_kernels.train.sources import CallableSource, IteratorSource, TensorSource, as_source, mix_seed
 
@@ -329,64 +328,6 @@ def test_progress_bar(data, capsys):
     assert "24/24" in shown and "fvu=" in shown and "dead_share=" in shown
     run(data, progress=False)
     assert capsys.readouterr().err == ""
-
-
-def test_save_and_load(tmp_path, data):
-    sae = new_sae(normalize="global", activation="abs", k_aux=3, aux_coef=0.1, dead_after=77)
-    sae.fit_normalizer(data)
-    run(data, sae)
-    save_sae(sae, tmp_path / "sae")
-    save_sae(sae, tmp_path / "sae")
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["sae"]
-    loaded = load_sae(tmp_path / "sae")
-    assert_same(sae, loaded)
-    assert not loaded.training
-    assert torch.equal(loaded(data), sae.eval()(data))
-    assert (loaded.k, loaded.k_aux, loaded.aux_coef, loaded.dead_after) == (sae.k, 3, 0.1, 77)
-    half = new_sae(dtype=torch.bfloat16)
-    save_sae(half, tmp_path / "half")
-    assert load_sae(tmp_path / "half").W_enc.dtype == torch.bfloat16
-
-
-def test_a_run_loads_as_a_module(tmp_path, data):
-    sae, _ = run(data, checkpoint=tmp_path / "run")
-    assert_same(sae, load_sae(tmp_path / "run"))
-
-
-def test_a_write_cut_between_its_renames_is_found(tmp_path):
-    sae = new_sae()
-    save_sae(sae, tmp_path / "sae")
-    (tmp_path / "sae").rename(tmp_path / ".sae.old")
-    assert_same(sae, load_sae(tmp_path / "sae"))
-    save_sae(sae, tmp_path / "sae")
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["sae"]
-
-
-def test_checkpoints_that_do_not_fit(tmp_path):
-    from safetensors.torch import load_file, save_file
-
-    with pytest.raises(FileNotFoundError, match="no checkpoint there"):
-        load_sae(tmp_path / "nothing")
-    save_sae(new_sae(), tmp_path / "sae")
-    weights = load_file(tmp_path / "sae" / "model.safetensors")
-    weights["surplus"] = weights.pop("b_dec")
-    save_file(weights, tmp_path / "sae" / "model.safetensors")
-    with pytest.raises(ValueError, match="missing keys: b_dec; unexpected keys: surplus"):
-        load_sae(tmp_path / "sae")
-    save_sae(new_sae(), tmp_path / "sae")
-    config = json.loads((tmp_path / "sae" / "config.json").read_text())
-    config["sae"]["d_sae"] = 33
-    (tmp_path / "sae" / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match=r"W_enc is \(32, 8\) in the checkpoint and \(33, 8\) in the module"):
-        load_sae(tmp_path / "sae")
-    (tmp_path / "sae" / "config.json").write_text("{")
-    with pytest.raises(ValueError, match="is not JSON"):
-        load_sae(tmp_path / "sae")
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "thesis.tex").write_text("x")
-    with pytest.raises(FileExistsError, match="holds something that is no checkpoint"):
-        save_sae(new_sae(), tmp_path / "mine")
-    assert (tmp_path / "mine" / "thesis.tex").read_text() == "x"
 
 
 @pytest.mark.parametrize(

@@ -38,12 +38,16 @@ class ReconstructionMetrics:
         if x.shape[-1:] != (self.d_in,) or x_hat.shape != x.shape:
             raise ValueError(f"x {tuple(x.shape)} and x_hat {tuple(x_hat.shape)} must both be [..., {self.d_in}]")
         if values.shape != indices.shape or values.shape[:-1] != x.shape[:-1]:
-            raise ValueError(f"values {tuple(values.shape)} and indices {tuple(indices.shape)} do not go with x {tuple(x.shape)}")
+            raise ValueError(
+                f"values {tuple(values.shape)} and indices {tuple(indices.shape)} do not go with x {tuple(x.shape)}"
+            )
         x, x_hat = x.detach().reshape(-1, self.d_in), x_hat.detach().reshape(-1, self.d_in)
         values, indices = (t.detach().reshape(-1, t.shape[-1]) for t in (values, indices))
         if mask is not None:
             if mask.dtype != torch.bool or mask.numel() != len(x):
-                raise ValueError(f"mask must be bool with one entry per row ({len(x)}), got {mask.dtype} {tuple(mask.shape)}")
+                raise ValueError(
+                    f"mask must be bool with one entry per row ({len(x)}), got {mask.dtype} {tuple(mask.shape)}"
+                )
             keep = mask.reshape(-1)
             x, x_hat, values, indices = x[keep], x_hat[keep], values[keep], indices[keep]
         fired = indices[values != 0].long()
@@ -109,7 +113,7 @@ def reconstruction_metrics(
     device: torch.device | str | None = None,
     each: Callable[[Tensor, Tensor], object] | None = None,
 ) -> ReconstructionMetrics:
-    """Runs `sae` over source, a tensor [..., d_in] or an iterable of them, without gradients, in eval mode during the call.
+    """Runs `sae` over source, a tensor [..., d_in] or an iterable of them: no gradients, eval mode during the call.
 
     each: called with the (values, indices) of every batch.
     """

@@ -56,7 +56,9 @@ def interpret(model: nn.Module, sae: TopKSAE, parts: Parts, counts: Tensor) -> d
     return found
 
 
-def _examples(values: Tensor, indices: Tensor, items: Tensor, parts: Parts, d_sae: int) -> dict[int, list[dict[str, Any]]]:
+def _examples(
+    values: Tensor, indices: Tensor, items: Tensor, parts: Parts, d_sae: int
+) -> dict[int, list[dict[str, Any]]]:
     """latent -> its top items, each item once (at its strongest position)."""
     # the same item stands at many positions of the sequences: more are kept than shown
     stats = ActivationStats(d_sae, top=EXAMPLES if len(items) == parts.data.n_items else 8 * EXAMPLES)
@@ -71,7 +73,7 @@ def _examples(values: Tensor, indices: Tensor, items: Tensor, parts: Parts, d_sa
 
 
 def _own_items(values: Tensor, indices: Tensor, items: Tensor, n_items: int, d_sae: int) -> dict[int, list[int]]:
-    """For STEERED latents, the items that fire them most strongly of all: those with most such items, a tenth at most."""
+    """For STEERED latents, the items that fire them most strongly: those with most such items, a tenth at most."""
     fires = values[:, 0] > 0
     pairs = torch.stack([indices[fires, 0].long(), items[fires]], 1).unique(dim=0)
     sizes = torch.bincount(pairs[:, 0], minlength=d_sae)
@@ -97,7 +99,7 @@ def _latents(counts: Tensor, examples: dict[int, list[dict[str, Any]]], names: d
 
 
 def _untrained(sae: TopKSAE, x: Tensor, labels: Tensor) -> float:
-    """The mean best AUC of a SAE of the same shape that has learnt nothing: what picking the best of d_sae is worth alone."""
+    """The mean best AUC of a SAE that has learnt nothing: what picking the best of d_sae is worth alone."""
     generator = torch.Generator().manual_seed(0)
     # a global normaliser has nothing to be fitted on here
     normalize = "standardize" if sae.normalize == "global" else sae.normalize
@@ -110,7 +112,7 @@ def _untrained(sae: TopKSAE, x: Tensor, labels: Tensor) -> float:
 
 
 def best_raw_auc(x: Tensor, labels: Tensor) -> Tensor:
-    """For every concept the best AUC of one raw dimension of x [rows, d], read in either direction: [n_concepts] float64.
+    """For every concept the best AUC of one raw dimension of x [rows, d], in either direction: [n_concepts] float64.
 
     Mid-ranks are not needed: embeddings do not tie.
     """
@@ -159,6 +161,8 @@ def average_steering(rows: list[dict[str, Any]]) -> list[dict[str, float]]:
     means = []
     for strength in STRENGTHS:
         here = [row for row in rows if row["strength"] == strength]
-        figures = {name: sum(row[name] for row in here) / len(here) for name in ("concept_share", "ndcg", "segment_ndcg")}
+        figures = {
+            name: sum(row[name] for row in here) / len(here) for name in ("concept_share", "ndcg", "segment_ndcg")
+        }
         means.append({"strength": strength, **figures})
     return means

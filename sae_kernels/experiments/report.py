@@ -36,7 +36,8 @@ td.n, th.n {{ text-align: right; font-variant-numeric: tabular-nums; white-space
 .scroll {{ max-height: 520px; overflow: auto; }}
 .tag {{ background: #e3eef5; color: #1d4e6b; border-radius: 5px; padding: 1px 7px; white-space: nowrap; }}
 .soft {{ color: {MUTED}; }}
-input {{ font: inherit; font-size: 14.5px; padding: 7px 11px; border: 1px solid #cfd6dc; border-radius: 7px; width: 280px; margin-bottom: 10px; }}
+input {{ font: inherit; font-size: 14.5px; padding: 7px 11px; border: 1px solid #cfd6dc; border-radius: 7px;
+  width: 280px; margin-bottom: 10px; }}
 footer {{ color: {MUTED}; font-size: 13.5px; margin-top: 24px; }}
 """
 
@@ -63,18 +64,28 @@ def render(results: dict[str, Any]) -> str:
         f"<h1>{escape(title)}</h1><p class='lead'>{escape(_lead(results))}</p>",
         _cards(results),
         "<div class='two'>",
-        _section("What the SAE costs", "Ranking of held-out users, original model against the model that runs through the SAE.",
-                 _plot(_ranking_figure(results))),
-        _section("Training", "Share of the embeddings' variance that stays unexplained, and latents that fire no more.",
-                 _plot(_training_figure(results))),
+        _section(
+            "What the SAE costs",
+            "Ranking for held-out users: the original model, and the one that runs through the SAE.",
+            _plot(_ranking_figure(results)),
+        ),
+        _section(
+            "Training",
+            "Share of the embeddings' variance that stays unexplained, and latents that fire no more.",
+            _plot(_training_figure(results)),
+        ),
         "</div>",
         _concepts_section(results),
         _steering_section(results),
-        _section("How often latents fire", f"Each latent by its share of {results['counted_rows']:,} rows drawn as in "
-                 f"training; {results['dead_share']:.2%} of {results['d_sae']:,} fire on none.", _plot(_density_figure(results))),
+        _section(
+            "How often latents fire",
+            f"Each latent by its share of {results['counted_rows']:,} rows drawn as in "
+            f"training; {results['dead_share']:.2%} of {results['d_sae']:,} fire on none.",
+            _plot(_density_figure(results)),
+        ),
         _latents_section(results),
         f"<footer>{escape(_foot(results))}</footer>",
-    ]  # fmt: skip
+    ]
     return (
         "<!doctype html><html lang='en'><head><meta charset='utf-8'>"
         "<meta name='viewport' content='width=device-width, initial-scale=1'>"
@@ -86,8 +97,8 @@ def render(results: dict[str, Any]) -> str:
 def _lead(results: dict[str, Any]) -> str:
     config = results["config"]
     return (
-        f"{results['data']}. Embeddings of size {config['d']} pass through {results['d_sae']:,} latents, {config['k']} active at a "
-        f"time; {config['steps']:,} training steps."
+        f"{results['data']}. Embeddings of size {config['d']} pass through {results['d_sae']:,} latents, "
+        f"{config['k']} active at a time; {config['steps']:,} training steps."
     )
 
 
@@ -104,8 +115,14 @@ def _cards(results: dict[str, Any]) -> str:
         (f"{results['dead_share']:.2%}", "of latents dead"),
     ]
     if results["concepts"]:
-        cards.append((f"{results['mean_auc']:.3f}", f"mean AUC of the best latent of {len(results['concepts'])} concepts"))
-    return "<div class='cards'>" + "".join(f"<div class='card'><b>{b}</b><span>{escape(s)}</span></div>" for b, s in cards) + "</div>"
+        cards.append(
+            (f"{results['mean_auc']:.3f}", f"mean AUC of the best latent of {len(results['concepts'])} concepts")
+        )
+    return (
+        "<div class='cards'>"
+        + "".join(f"<div class='card'><b>{b}</b><span>{escape(s)}</span></div>" for b, s in cards)
+        + "</div>"
+    )
 
 
 def _section(title: str, note: str, content: str) -> str:
@@ -116,10 +133,16 @@ def _figure(height: int, **layout: Any) -> Any:
     graph = need("plotly.graph_objects", "the report", "demo")
     figure = graph.Figure()
     figure.update_layout(
-        template="plotly_white", height=height, font={"family": FONT, "size": 13, "color": "#1f2933"},
-        margin={"l": 56, "r": 20, "t": 16, "b": 44}, paper_bgcolor="white", plot_bgcolor="white", colorway=list(PALETTE),
-        legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0}, **layout,
-    )  # fmt: skip
+        template="plotly_white",
+        height=height,
+        font={"family": FONT, "size": 13, "color": "#1f2933"},
+        margin={"l": 56, "r": 20, "t": 16, "b": 44},
+        paper_bgcolor="white",
+        plot_bgcolor="white",
+        colorway=list(PALETTE),
+        legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
+        **layout,
+    )
     figure.update_xaxes(gridcolor="#eef1f4", zerolinecolor="#dfe4e8")
     figure.update_yaxes(gridcolor="#eef1f4", zerolinecolor="#dfe4e8")
     return figure
@@ -134,18 +157,30 @@ def _ranking_figure(results: dict[str, Any]) -> Any:
     for name, key, colour in (("original", "base", BASE), ("with SAE", "sae", SAE)):
         heights = [results[f"{key}_ndcg@20"], results[f"{key}_recall@20"]]
         figure.add_bar(
-            name=name, x=labels, y=heights, marker_color=colour, text=[f"{h:.4f}" for h in heights], textposition="outside",
+            name=name,
+            x=labels,
+            y=heights,
+            marker_color=colour,
+            text=[f"{h:.4f}" for h in heights],
+            textposition="outside",
             cliponaxis=False,
-        )  # fmt: skip
+        )
     return figure
 
 
 def _training_figure(results: dict[str, Any]) -> Any:
-    figure, history = _figure(300, xaxis_title="step", yaxis_tickformat=".0%", yaxis_rangemode="tozero"), results["history"]
+    figure, history = (
+        _figure(300, xaxis_title="step", yaxis_tickformat=".0%", yaxis_rangemode="tozero"),
+        results["history"],
+    )
     steps = [row["step"] for row in history if "fvu" in row]
     for name, key, colour in (("FVU", "fvu", SAE), ("dead latents", "dead_share", ACCENT)):
         figure.add_scatter(
-            name=name, x=steps, y=[min(row[key], 1) for row in history if key in row], mode="lines", line={"color": colour, "width": 2.2}
+            name=name,
+            x=steps,
+            y=[min(row[key], 1) for row in history if key in row],
+            mode="lines",
+            line={"color": colour, "width": 2.2},
         )
     return figure
 
@@ -157,26 +192,38 @@ def _concepts_section(results: dict[str, Any]) -> str:
     shown = sorted(rows, key=lambda row: -row["auc"])[:AUC_BARS]
     figure = _figure(70 + 21 * len(shown), xaxis_title="AUC of the best latent")
     figure.add_bar(
-        orientation="h", x=[row["auc"] for row in shown][::-1], y=[row["concept"] for row in shown][::-1], marker_color=SAE,
+        orientation="h",
+        x=[row["auc"] for row in shown][::-1],
+        y=[row["concept"] for row in shown][::-1],
+        marker_color=SAE,
         customdata=[[row["latent"], row["precision"], row["recall"], row["items"]] for row in shown][::-1],
-        hovertemplate="%{y}: AUC %{x:.3f}<br>latent %{customdata[0]}, precision %{customdata[1]:.2f}, recall %{customdata[2]:.2f}, "
-        "%{customdata[3]} items<extra></extra>",
-    )  # fmt: skip
+        hovertemplate="%{y}: AUC %{x:.3f}<br>latent %{customdata[0]}, precision %{customdata[1]:.2f}, "
+        "recall %{customdata[2]:.2f}, %{customdata[3]} items<extra></extra>",
+    )
     figure.update_xaxes(range=[0.5, 1])
     figure.update_layout(margin={"l": 150, "t": 28})
     # the labels stand at two heights, as the lines can lie close together
-    controls = (("mean_auc_untrained", "untrained SAE", MUTED, 1.0), ("mean_auc_raw", "best raw dimension", ACCENT, 1.0))
+    controls = (
+        ("mean_auc_untrained", "untrained SAE", MUTED, 1.0),
+        ("mean_auc_raw", "best raw dimension", ACCENT, 1.0),
+    )
     ordered = sorted(controls, key=lambda control: results[control[0]])
     for (key, label, colour, _), anchor in zip(ordered, ("right", "left"), strict=True):
         figure.add_vline(x=results[key], line={"color": colour, "width": 1.5, "dash": "dot"})
         figure.add_annotation(
-            x=results[key], y=1, yref="paper", yanchor="bottom", xanchor=anchor, text=f"{label} {results[key]:.3f}", showarrow=False,
+            x=results[key],
+            y=1,
+            yref="paper",
+            yanchor="bottom",
+            xanchor=anchor,
+            text=f"{label} {results[key]:.3f}",
+            showarrow=False,
             font={"color": colour, "size": 12},
-        )  # fmt: skip
+        )
     some = f" The {AUC_BARS} best of {len(rows)} are shown." if len(rows) > AUC_BARS else ""
     note = (
-        "How well one latent tells the items of a concept from the others: 0.5 is chance, 1 perfect. Dotted: the mean over all "
-        f"concepts for a SAE that has learnt nothing, and for the best single dimension of the embedding.{some}"
+        "How well one latent tells the items of a concept from the others: 0.5 is chance, 1 perfect. Dotted: the mean "
+        f"over all concepts for an untrained SAE, and for the best single dimension of the embedding.{some}"
     )
     return _section("Concepts and their latents", note, _plot(figure))
 
@@ -185,7 +232,9 @@ def _steering_section(results: dict[str, Any]) -> str:
     rows = results["steering"]
     if not rows:
         return ""
-    share = _figure(300, xaxis_title="strength", yaxis_tickformat=".0%", yaxis_title="share of the top 20", yaxis_rangemode="tozero")
+    share = _figure(
+        300, xaxis_title="strength", yaxis_tickformat=".0%", yaxis_title="share of the top 20", yaxis_rangemode="tozero"
+    )
     ndcg = _figure(300, xaxis_title="strength", yaxis_title="nDCG@20", yaxis_rangemode="tozero")
     for place, name in enumerate(dict.fromkeys(row["concept"] for row in rows)):
         here = [row for row in rows if row["concept"] == name]
@@ -194,13 +243,19 @@ def _steering_section(results: dict[str, Any]) -> str:
             figure.add_scatter(
                 name=name, x=x, y=[row[key] for row in here], mode="lines+markers", line={"color": colour, "width": 2.2}
             )
-    ndcg.add_hline(y=results["base_ndcg@20"], line={"color": MUTED, "width": 1.2, "dash": "dot"}, annotation_text="without SAE",
-                   annotation_font={"color": MUTED, "size": 12}, annotation_position="bottom left")  # fmt: skip
-    note = (
-        "A share of every user's activation is moved to the concept's latents. Left: how much of the list is then of the concept. "
-        "Right: how well the list still meets what the user went on to choose."
+    ndcg.add_hline(
+        y=results["base_ndcg@20"],
+        line={"color": MUTED, "width": 1.2, "dash": "dot"},
+        annotation_text="without SAE",
+        annotation_font={"color": MUTED, "size": 12},
+        annotation_position="bottom left",
     )
-    grid = f"<div class='two'><div style='min-width:0'>{_plot(share)}</div><div style='min-width:0'>{_plot(ndcg)}</div></div>"
+    note = (
+        "A share of every user's activation is moved to the concept's latents. Left: how much of the list is then of "
+        "the concept. Right: how well the list still meets what the user went on to choose."
+    )
+    plots = "".join(f"<div style='min-width:0'>{_plot(figure)}</div>" for figure in (share, ndcg))
+    grid = f"<div class='two'>{plots}</div>"
     return _section("Steering", note, grid)
 
 
@@ -208,7 +263,12 @@ def _density_figure(results: dict[str, Any]) -> Any:
     figure = _figure(280, xaxis_title="share of rows on which a latent fires", yaxis_title="latents", bargap=0.04)
     logs = [math.log10(density) for density in results["density"] if density > 0]
     low = math.floor(min(logs, default=-1))
-    figure.add_histogram(x=logs, xbins={"start": low, "end": 0, "size": 0.1}, marker_color=SAE, hovertemplate="%{y} latents<extra></extra>")
+    figure.add_histogram(
+        x=logs,
+        xbins={"start": low, "end": 0, "size": 0.1},
+        marker_color=SAE,
+        hovertemplate="%{y} latents<extra></extra>",
+    )
     ticks = list(range(low, 1))
     figure.update_xaxes(tickvals=ticks, ticktext=[f"{100 * 10.0**tick:g} %" for tick in ticks])
     return figure
@@ -222,10 +282,13 @@ def _latents_section(results: dict[str, Any]) -> str:
         items = "; ".join(escape(example["title"]) for example in row["examples"])
         fired = row["fired_rows"] / results["counted_rows"]
         body.append(
-            f"<tr><td class='n'>{row['latent']}</td><td>{name}</td><td class='n'>{auc}</td><td class='n'>{fired:.2%}</td>"
-            f"<td>{items}</td></tr>"
+            f"<tr><td class='n'>{row['latent']}</td><td>{name}</td><td class='n'>{auc}</td>"
+            f"<td class='n'>{fired:.2%}</td><td>{items}</td></tr>"
         )
-    head = "<th class='n'>latent</th><th>concept</th><th class='n'>AUC</th><th class='n'>fires</th><th>strongest items</th>"
+    head = (
+        "<th class='n'>latent</th><th>concept</th><th class='n'>AUC</th><th class='n'>fires</th>"
+        "<th>strongest items</th>"
+    )
     table = f"<table id='latents'><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table>"
     search = "<input id='find' placeholder='Find a concept or a title' aria-label='Find a concept or a title'>"
     note = f"{len(body)} latents with their evidence: those with a name first, by AUC, then the busiest."
@@ -237,6 +300,7 @@ def _foot(results: dict[str, Any]) -> str:
     times = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in stages.items())
     isa = f" ({results['instruction_set']})" if results["instruction_set"] else ""
     return (
-        f"sae_kernels {facts['sae_kernels']}, torch {facts['torch']}, {facts['threads']} threads, backend {results['backend']}{isa}. "
-        f"{results['seconds']:.0f} s in all: {times}. Seed {results['config']['seed']}."
+        f"sae_kernels {facts['sae_kernels']}, torch {facts['torch']}, {facts['threads']} threads, "
+        f"backend {results['backend']}{isa}. {results['seconds']:.0f} s in all: {times}. "
+        f"Seed {results['config']['seed']}."
     )

@@ -29,24 +29,25 @@ from ..train.sources import as_source
 
 K = 20  # the length of a recommendation list
 ROWS = 1024  # rows of one SAE step
+KEEP = (0.05, 1.0)  # the share of a history that a random sub-history keeps
 COUNTED = 64  # batches on which it is counted how often each latent fires
 POSITIONS = 60_000  # positions of sequences on which latents are compared with concepts
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How one recommender is trained: d, epochs and batch size for simulated and for real data."""
+    """How one recommender is trained: d, epochs, batch size and learning rate for simulated and for real data."""
 
     d: tuple[int, int]
     epochs: tuple[int, int]
     batch: tuple[int, int]
-    lr: float
+    lr: tuple[float, float]
 
 
 RECIPES = {
-    "elsa": Recipe((64, 256), (12, 4), (256, 1024), 3e-3),
-    "multvae": Recipe((64, 128), (30, 20), (256, 512), 1e-3),
-    "sasrec": Recipe((64, 64), (8, 20), (128, 128), 1e-3),
+    "elsa": Recipe((64, 256), (12, 8), (256, 1024), (3e-3, 1e-3)),
+    "multvae": Recipe((64, 128), (30, 20), (256, 512), (1e-3, 1e-3)),
+    "sasrec": Recipe((64, 64), (8, 20), (128, 128), (1e-3, 1e-3)),
 }
 
 
@@ -63,7 +64,9 @@ def load_data(config: Any) -> Interactions:
     """The simulation, a known folder or a file of interactions; ValueError where the options do not go together."""
     columns = (config.user_col, config.item_col, config.rating_col, config.time_col, config.min_rating)
     if config.interactions is None and any(value is not None for value in columns):
-        raise ValueError("--user-col, --item-col, --rating-col, --time-col and --min-rating go with --interactions FILE")
+        raise ValueError(
+            "--user-col, --item-col, --rating-col, --time-col and --min-rating go with --interactions FILE"
+        )
     if config.interactions is not None:
         if config.user_col is None or config.item_col is None:
             raise ValueError("--interactions needs --user-col and --item-col, the names of its columns")
@@ -102,12 +105,18 @@ def train_recommender(model: nn.Module, parts: Parts, config: Any, progress: Cal
     recipe, real = RECIPES[config.model], int(config.real)
     fit = fit_sequential if config.model == "sasrec" else fit_collaborative
     return fit(
-        model, parts.train, epochs=config.epochs, batch_size=recipe.batch[real], lr=recipe.lr, seed=config.seed, progress=progress
+        model,
+        parts.train,
+        epochs=config.epochs,
+        batch_size=recipe.batch[real],
+        lr=recipe.lr[real],
+        seed=config.seed,
+        progress=progress,
     )
 
 
 def training_source(model: nn.Module, parts: Parts, config: Any) -> object:
-    """Embeddings of random sub-histories (20 to 100 % of the items are kept), or the positions of random sequences."""
+    """Embeddings of random sub-histories (KEEP of the items), or the positions of random sequences."""
     train = parts.train
     if config.model == "sasrec":
 
@@ -119,7 +128,7 @@ def training_source(model: nn.Module, parts: Parts, config: Any) -> object:
     def sub_histories(step: int, generator: torch.Generator) -> Tensor:
         rows = torch.randint(len(train), (ROWS,), generator=generator)
         with torch.no_grad():
-            return model.encode_histories(*train.sub_histories(rows, (0.2, 1.0), generator).bags())
+            return model.encode_histories(*train.sub_histories(rows, KEEP, generator).bags())
 
     return sub_histories
 
@@ -130,7 +139,7 @@ def _is_item(sequences: Tensor) -> Tensor:
 
 @torch.no_grad()
 def embeddings(model: nn.Module, histories: Histories, batch: int = 512) -> Iterator[tuple[Tensor, Tensor]]:
-    """(embeddings [rows, d], items [rows]) at the model's hook point: of whole histories (item -1), or of every position."""
+    """(embeddings [rows, d], items [rows]) at the hook point: of whole histories (item -1), or of every position."""
     model.eval()
     for rows in torch.arange(len(histories)).split(batch):
         if not isinstance(model, SASRec):
@@ -171,8 +180,8 @@ def steered_positions(model: nn.Module) -> str:
 def coded_items(model: nn.Module, sae: TopKSAE, parts: Parts) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Rows to interpret latents by: (values [n, k], indices [n, k], items [n], embeddings [n, d]).
 
-    Each item as a history of its own; for a sequence model every position of the training sequences, up to POSITIONS, as
-    the item that stands there.
+    Each item as a history of its own; for a sequence model every position of the training sequences, up to POSITIONS,
+    as the item that stands there.
     """
     if not isinstance(model, SASRec):
         items = Histories.one_item_each(parts.data.n_items)

@@ -34,7 +34,9 @@ def load_activations(path: str | os.PathLike, key: str | None = None) -> Tensor:
     x = x.reshape(-1, x.shape[-1]).float()
     finite = x.isfinite().all(1)
     if not finite.all():
-        raise ValueError(f"{path}: row {int((~finite).nonzero()[0])} holds NaN or Inf ({int((~finite).sum())} such rows)")
+        raise ValueError(
+            f"{path}: row {int((~finite).nonzero()[0])} holds NaN or Inf ({int((~finite).sum())} such rows)"
+        )
     return x
 
 
@@ -56,11 +58,15 @@ def _read(path: Path) -> dict[str, Tensor]:
 
 def _choose(path: Path, arrays: dict[str, object], key: str | None) -> Tensor:
     matrices = {k: v for k, v in arrays.items() if isinstance(v, Tensor) and v.dim() >= 2 and v.is_floating_point()}
-    listing = ", ".join(f"{k or 'array'} {tuple(v.shape)}" for k, v in arrays.items() if isinstance(v, Tensor)) or "nothing"
+    listing = (
+        ", ".join(f"{k or 'array'} {tuple(v.shape)}" for k, v in arrays.items() if isinstance(v, Tensor)) or "nothing"
+    )
     if key is not None:
         if key not in matrices:
             raise ValueError(f"{path}: no floating matrix named {key!r}; there is {listing}")
         return matrices[key]
     if len(matrices) != 1:
-        raise ValueError(f"{path}: expected one floating matrix, found {len(matrices)} (there is {listing}); name one with --key")
+        raise ValueError(
+            f"{path}: expected one floating matrix, found {len(matrices)} (there is {listing}); name one with --key"
+        )
     return next(iter(matrices.values()))

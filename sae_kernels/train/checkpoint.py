@@ -69,13 +69,17 @@ def load_weights(sae: nn.Module, folder: Path) -> None:
     wanted = sae.state_dict()
     problems = [
         f"{label}: {', '.join(sorted(keys))}"
-        for label, keys in (("missing keys", wanted.keys() - found.keys()), ("unexpected keys", found.keys() - wanted.keys()))
+        for label, keys in (
+            ("missing keys", wanted.keys() - found.keys()),
+            ("unexpected keys", found.keys() - wanted.keys()),
+        )
         if keys
     ]
     problems += [
         f"{key} is {tuple(found[key].shape)} in the checkpoint and {tuple(wanted[key].shape)} in the module"
         for key in sorted(wanted.keys() & found.keys())
-        if found[key].shape != wanted[key].shape and not key.endswith("_extra_state")  # a text, of any length
+        # the extra state is a text, of any length
+        if found[key].shape != wanted[key].shape and not key.endswith("_extra_state")
     ]
     if problems:
         raise ValueError(f"checkpoint {folder} does not fit: {'; '.join(problems)}")
@@ -86,7 +90,7 @@ def load_weights(sae: nn.Module, folder: Path) -> None:
 
 
 def write_folder(path: Path, sae: nn.Module, training: dict[str, Any] | None) -> None:
-    """Writes the folder beside `path`, syncs it, then renames it into place: a reader sees the old one or the new one."""
+    """Writes the folder beside `path`, syncs it, renames it into place: a reader sees the old one or the new one."""
     safetensors = need("safetensors.torch", "writing a checkpoint", "train")
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.exists() and any(path.iterdir()) and not (path / "config.json").is_file():

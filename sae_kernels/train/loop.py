@@ -23,7 +23,8 @@ COLUMNS = ("loss", "fvu", "aux", "l0")
 
 @dataclass
 class FitResult:
-    """history: one dict per log_every steps; steps done; seconds of this call; stopped: "finished" or "early stopping"."""
+    """history: a dict per log_every steps; steps done; seconds of this call; stopped: "finished" or "early stopping";
+    best: the best validation."""
 
     history: list[dict[str, float]]
     steps: int
@@ -124,7 +125,18 @@ def fit(
     sae.to(device).train()
     feed = as_source(source, batch_size, seed)
     plan = _Plan(
-        steps, batch_size, lr, tuple(betas), warmup, decay, clip, seed, log_every, validate_every, patience, feed.describe()
+        steps,
+        batch_size,
+        lr,
+        tuple(betas),
+        warmup,
+        decay,
+        clip,
+        seed,
+        log_every,
+        validate_every,
+        patience,
+        feed.describe(),
     )
     _check(plan, validate, checkpoint, checkpoint_every, resume)
     if isinstance(validate, Tensor):
@@ -147,19 +159,15 @@ def fit(
 
 
 def _check(plan: _Plan, validate, checkpoint, checkpoint_every, resume) -> None:
+    _check_schedule(plan)
     for name in ("steps", "batch_size", "log_every"):
         value = getattr(plan, name)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ValueError(f"{name} must be an int of at least 1, got {value!r}")
-    if not plan.lr > 0:
-        raise ValueError(f"lr must be above 0, got {plan.lr}")
-    for name in ("warmup", "decay"):
-        if not 0 <= getattr(plan, name) <= 1:
-            raise ValueError(f"{name} is a share of the steps, 0 to 1, got {getattr(plan, name)}")
-    if plan.clip is not None and not plan.clip > 0:
-        raise ValueError(f"clip must be above 0 or None, got {plan.clip}")
     for name, value in (
-        ("checkpoint_every", checkpoint_every), ("patience", plan.patience), ("validate_every", plan.validate_every)
+        ("checkpoint_every", checkpoint_every),
+        ("patience", plan.patience),
+        ("validate_every", plan.validate_every),
     ):
         if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1 or None, got {value}")
@@ -167,6 +175,16 @@ def _check(plan: _Plan, validate, checkpoint, checkpoint_every, resume) -> None:
         raise ValueError("resume and checkpoint_every need checkpoint, the folder to read and write")
     if validate is None and (plan.patience or plan.validate_every):
         raise ValueError("patience and validate_every need validate: held-out activations or a callable")
+
+
+def _check_schedule(plan: _Plan) -> None:
+    if not plan.lr > 0:
+        raise ValueError(f"lr must be above 0, got {plan.lr}")
+    for name in ("warmup", "decay"):
+        if not 0 <= getattr(plan, name) <= 1:
+            raise ValueError(f"{name} is a share of the steps, 0 to 1, got {getattr(plan, name)}")
+    if plan.clip is not None and not plan.clip > 0:
+        raise ValueError(f"clip must be above 0 or None, got {plan.clip}")
 
 
 def _held_out_fvu(held_out: Tensor, device: torch.device) -> Callable[[nn.Module], float]:
@@ -226,13 +244,15 @@ def _step(sae: nn.Module, plan: _Plan, state: _State, batch: Tensor) -> None:
 
 
 def _log_row(sae: nn.Module, plan: _Plan, state: _State) -> dict[str, float] | None:
-    """The means since the last row, every log_every steps and at the end; this is where the host waits for the device."""
+    """The means since the last row, every log_every steps and at the end; here the host waits for the device."""
     if state.step % plan.log_every and state.step < plan.steps:
         return None
     means = (state.window / state.window_steps).tolist()
     row = {"step": state.step, **dict(zip(COLUMNS, means, strict=True))}
     if not math.isfinite(row["loss"]):
-        raise FloatingPointError(f"the loss is {row['loss']} before step {state.step}: look at the activations, or lower lr")
+        raise FloatingPointError(
+            f"the loss is {row['loss']} before step {state.step}: look at the activations, or lower lr"
+        )
     row["dead_share"] = sae.dead.double().mean().item()
     row["lr"] = plan.lr * plan.factor(state.step - 1)
     state.window.zero_()
@@ -246,7 +266,9 @@ def _publish(row: dict[str, float] | None, state: _State, log, bar) -> None:
     state.history.append(row)
     if log is not None:
         log(dict(row))
-    bar.set_postfix({name: f"{row[name]:.4g}" for name in ("loss", "fvu", "l0", "dead_share") if name in row}, refresh=False)
+    bar.set_postfix(
+        {name: f"{row[name]:.4g}" for name in ("loss", "fvu", "l0", "dead_share") if name in row}, refresh=False
+    )
 
 
 def _validation(sae: nn.Module, state: _State, validate: Callable[[nn.Module], float], patience: int | None) -> float:
@@ -276,7 +298,9 @@ class _Silent:
 def _bar(steps: int, done: int, progress: bool) -> Any:
     if not progress:
         return _Silent()
-    return need("tqdm", "the progress bar (progress=True)", "train").tqdm(total=steps, initial=done, desc="SAE", unit="step")
+    return need("tqdm", "the progress bar (progress=True)", "train").tqdm(
+        total=steps, initial=done, desc="SAE", unit="step"
+    )
 
 
 @contextmanager

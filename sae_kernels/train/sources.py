@@ -47,7 +47,8 @@ def as_source(source: object, batch_size: int, seed: int) -> Source:
     if callable(source):
         return CallableSource(source, seed)
     raise TypeError(
-        f"source must be a tensor [rows, d_in], an iterable of batches or a callable(step, generator), got {type(source).__name__}"
+        "source must be a tensor [rows, d_in], an iterable of batches or a callable(step, generator), "
+        f"got {type(source).__name__}"
     )
 
 
@@ -119,9 +120,9 @@ class CallableSource:
 class IteratorSource:
     """Batches of an iterable; one that can be iterated anew (a list, a DataLoader) starts over when it ends.
 
-    Where it has state_dict and load_state_dict, those keep its position (tensors, numbers, strings and containers of them
-    only). Where it has not, a resumed run draws and drops as many batches as were used before: exact where the iterable
-    repeats itself.
+    Where it has state_dict and load_state_dict, those keep its position (tensors, numbers, strings and containers of
+    them only). Where it has not, a resumed run draws and drops as many batches as were used before: exact where the
+    iterable repeats itself.
     """
 
     def __init__(self, batches: Iterable[Any]) -> None:
@@ -136,7 +137,9 @@ class IteratorSource:
             batch = next(self._iterator)
         except StopIteration:
             if self._iterator is self.batches or isinstance(self.batches, Iterator):
-                raise ValueError(f"source ended after {self._drawn} batches; give one that lasts for all steps") from None
+                raise ValueError(
+                    f"source ended after {self._drawn} batches; give one that lasts for all steps"
+                ) from None
             self._iterator = iter(self.batches)
             try:
                 batch = next(self._iterator)
@@ -176,10 +179,10 @@ def from_model(
 ) -> "ModelSource":
     """A source of the activations at module `name` of `model`, computed while training.
 
-    batches: the model's inputs, as an iterable or a callable(step, generator): a tensor (one argument), a tuple (several)
-    or a dict (keyword arguments). mask and positions as in `sae_kernels.record`: padded positions never enter. Rows pass
-    through a buffer of buffer_batches * batch_size rows that is shuffled each time it is full, so that the positions of
-    one sequence do not fill one batch. The model runs without gradients, in eval mode during the call only.
+    batches: the model's inputs, as an iterable or a callable(step, generator): a tensor (one argument), a tuple
+    (several) or a dict (keyword arguments). mask and positions as in `record`: padded positions never enter.
+    Rows pass through a buffer of buffer_batches * batch_size rows that is shuffled each time it is full, so that the
+    positions of one sequence do not fill one batch. The model runs without gradients, in eval mode for the call.
     """
     return ModelSource(model, name, batches, mask, positions, batch_size, buffer_batches, seed)
 
@@ -219,7 +222,9 @@ class ModelSource:
             part = self._record(self.inputs.next())
             barren = 0 if len(part) else barren + 1
             if barren == 1000:
-                raise ValueError(f"source: 1000 batches in a row left no activation at {self.name!r}: is the mask right?")
+                raise ValueError(
+                    f"source: 1000 batches in a row left no activation at {self.name!r}: is the mask right?"
+                )
             kept.append(part)
             rows += len(part)
         buffer = torch.cat(kept)
