@@ -43,6 +43,8 @@ class BuildNative(build_ext):
         note = target / "sae_kernels" / "_native_build.txt"
         note.parent.mkdir(parents=True, exist_ok=True)
         if self.reason:
+            for stale in note.parent.glob("_C_cpu*.so"):
+                stale.unlink()
             note.write_text(self.reason + "\n")
         else:
             note.unlink(missing_ok=True)
@@ -92,8 +94,13 @@ class AbiWheel(bdist_wheel):
         super().finalize_options()
 
 
-sources = sorted(str(p.relative_to(HERE)) for p in (HERE / "csrc" / "cpu").glob("*.cpp"))
+def csrc(pattern):
+    return sorted(str(path.relative_to(HERE)) for path in (HERE / "csrc").glob(pattern))
+
+
 setup(
-    ext_modules=[Extension("sae_kernels._C_cpu", sources, py_limited_api=True, optional=True)],
+    ext_modules=[
+        Extension("sae_kernels._C_cpu", csrc("cpu/*.cpp"), depends=csrc("**/*.h"), py_limited_api=True, optional=True)
+    ],
     cmdclass={"build_ext": BuildNative, "bdist_wheel": AbiWheel},
 )
