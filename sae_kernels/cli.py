@@ -1,4 +1,4 @@
-"""The command line: demo, train, eval, info."""
+"""The command line: demo, train, eval, bench, info."""
 
 import argparse
 import json
@@ -14,6 +14,7 @@ EXAMPLES = """examples:
   sae-kernels demo --interactions log.parquet --user-col user --item-col item --model sasrec --time-col ts
   sae-kernels train activations.npy --out runs/sae --width 8 --k 32 --steps 5000
   sae-kernels eval runs/sae held_out.npy                  FVU, cosine, L0, dead share
+  sae-kernels bench                                       these kernels against plain torch, in two minutes
   sae-kernels info                                        what runs here, and why not
 """
 TRAIN_EXAMPLES = """examples:
@@ -32,6 +33,14 @@ DEMO_EXAMPLES = """examples:
   sae-kernels demo --interactions ratings.csv --user-col userId --item-col movieId --rating-col rating --min-rating 4
 
 Open <out>/report.html afterwards.
+"""
+BENCH_EXAMPLES = """examples:
+  sae-kernels bench                                        the quick table: under two minutes on two cores
+  sae-kernels bench --op encode --case collaborative       one comparison
+  sae-kernels bench --full                                 every case and provider; writes benchmarks/results
+  sae-kernels bench --scaling                              time and memory as rows, d_sae, k, d_in and threads grow
+  sae-kernels bench --op encode --base HEAD~1              this code beside another commit's
+  sae-kernels bench --list                                 cases, ops and providers by name
 """
 NORMALIZERS = ("none", "standardize", "l2", "layer_norm", "global")
 
@@ -80,6 +89,7 @@ def _parser() -> _Parser:
     _add_demo(commands)
     _add_train(commands)
     _add_eval(commands)
+    _add_bench(commands)
     info = _add(commands, "info", _info, "versions, devices, the native library, the backend", None)
     info.add_argument("--json", action="store_true", help="print one JSON object")
     return parser
@@ -161,6 +171,20 @@ def _add_eval(commands) -> None:
     parser.add_argument("--quiet", action="store_true", help="print the JSON only")
 
 
+def _add_bench(commands) -> None:
+    parser = _add(commands, "bench", _bench, "time and memory of the kernels against torch and other libraries", BENCH_EXAMPLES)
+    parser.add_argument("--full", action="store_true", help="every case and provider, with memory")
+    parser.add_argument("--op", action="append", metavar="OP", help="this op only (again for more)")
+    parser.add_argument("--case", action="append", metavar="CASE", help="this case only (again for more)")
+    parser.add_argument("--provider", action="append", metavar="NAME", help="this provider only (again for more)")
+    parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
+    parser.add_argument("--threads", type=int, metavar="N", help="threads torch may use (its own default)")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="CSV goes to DIR/<device>/<op>.csv (runs/bench; with --full benchmarks/results)")
+    parser.add_argument("--base", metavar="REV", help="measure this commit's kernels too, built in a throw-away worktree")
+    parser.add_argument("--scaling", action="store_true", help="sweep one size at a time and fit exponents")
+    parser.add_argument("--list", action="store_true", help="list cases, ops and providers")
+
+
 def _demo(options: argparse.Namespace) -> int:
     from .experiments.demo import DemoConfig, run_demo
 
@@ -217,6 +241,12 @@ def _eval(options: argparse.Namespace) -> int:
         options.json.write_text(json.dumps(figures, indent=2) + "\n")
     print(json.dumps(figures) if options.quiet else _table(figures))
     return 0
+
+
+def _bench(options: argparse.Namespace) -> int:
+    from .bench.runner import main as run_bench
+
+    return run_bench(options)
 
 
 def _table(figures: dict[str, float]) -> str:

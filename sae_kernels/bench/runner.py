@@ -1,0 +1,283 @@
+"""Runs the suite: picks cases and providers, measures them in interleaved rounds, writes CSV after every cell."""
+
+import contextlib
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+from . import measure, table
+from .base import base_checkout
+from .cases import ALIASES, CASES, OPS, Case, flops
+from .cell import Prepared, prepare, reason
+from .measure import Ceilings, Row
+from .providers import PROVIDERS, Provider, ours_backend
+from .worker import Worker, WorkerDied
+from .workload import Workload
+
+FULL_OUT, QUICK_OUT = Path("benchmarks/results"), Path("runs/bench")
+COLD_OPS = ("first_call", "import_time")
+LONGEST_CALL = 20.0  # seconds; a longer one is a row that says so
+MEMORY_IN_QUICK = ("sae_kernels", "torch")
+
+
+def run(
+    ops: Iterable[str] | None = None,
+    cases: Iterable[str | Case] | None = None,
+    providers: Iterable[str] | None = None,
+    *,
+    full: bool = False,
+    device: str = "cpu",
+    out: Path | str | None = None,
+    base: str | None = None,
+    seconds_per_cell: float | None = None,
+    memory: bool = True,
+    say: Callable[[str], None] = print,
+) -> list[Row]:
+    """Measures and returns the rows; with `out`, writes them to out/<device>/<op>.csv after every cell.
+
+    ops, cases, providers: names of the registries, or Case objects (default: the quick table's, with `full` all of them).
+    base: a git revision whose ops are measured beside these. Raises ValueError for an unknown name, listing those known.
+    A KeyboardInterrupt ends the run early and quietly: the rows measured so far are returned.
+    """
+    plan = list(_plan(ops, cases, full))
+    chosen = _providers(providers, full)
+    if device != "cpu" and not (device.startswith("cuda") and torch.cuda.is_available()):
+        raise ValueError(f"device {device!r} is not here; choose from cpu{', cuda' if torch.cuda.is_available() else ''}")
+    budget = seconds_per_cell or (4.0 if full else 2.0)
+    rows: list[Row] = []
+    with contextlib.ExitStack() as stack:
+        checkout = None
+        if base is not None:
+            say(f"building {base} in a throw-away worktree ...")
+            checkout = stack.enter_context(base_checkout(base))
+        facts = machine_facts(device)
+        say("measuring the ceilings: a large copy, a large product ...")
+        limits = measure.ceilings({case.dtype for _, _, case in plan}, device)
+        for dtype, limit in sorted(limits.items()):
+            say(f"  {dtype}: copy {limit.copy / 1e9:.1f} GB/s, product {limit.product / 1e9:.0f} GFLOP/s")
+        run_cell = _Cells(chosen, device, limits, facts, budget, 5 if full else 3, memory, full, checkout)
+        try:
+            for op, mode, case in plan:
+                found = run_cell(op, mode, case)
+                rows += found
+                if out is not None:
+                    table.write(found, Path(out) / facts["slug"])
+                say(table.cell_text(found))
+        except KeyboardInterrupt:
+            say(f"interrupted: {len(rows)} rows kept")
+    return rows
+
+
+def machine_facts(device: str) -> dict[str, str]:
+    """What stands in every row: device, versions, commit; and the folder of the device's results."""
+    name = measure.device_name(device)
+    try:
+        triton = metadata.version("triton")
+    except metadata.PackageNotFoundError:
+        triton = ""
+    return {"device": name, "torch": torch.__version__, "triton": triton, "commit": commit(), "slug": measure.slug(name)}
+
+
+def commit() -> str:
+    """The checkout's commit, with "+" where sources have changed since; the version of an installed package."""
+    folder = Path(__file__).parents[2]
+    try:
+        git = ["git", "-C", str(folder)]
+        hash_ = subprocess.run([*git, "rev-parse", "--short=10", "HEAD"], capture_output=True, text=True, check=True)
+        paths = [p for p in ("csrc", "sae_kernels", "setup.py") if (folder / p).exists()]
+        tracked = subprocess.run([*git, "ls-files", "sae_kernels"], capture_output=True, text=True, check=True).stdout
+        if not tracked:
+            raise FileNotFoundError
+        changed = subprocess.run(
+            [*git, "status", "--porcelain", "-uno", "--", *paths], capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        import sae_kernels
+
+        return f"v{sae_kernels.__version__}"
+    return hash_.stdout.strip() + ("+" if changed.stdout else "")
+
+
+def _known(kind: str, name: str, known: Iterable[str]) -> str:
+    if name not in known:
+        raise ValueError(f"{kind} {name!r} is unknown; choose from {', '.join(known)}")
+    return name
+
+
+def _plan(ops, cases, full) -> Iterable[tuple[str, str, Case]]:
+    names = [_known("op", ALIASES.get(op, op), OPS) for op in ops] if ops else list(OPS)
+    if cases:
+        picked = [case if isinstance(case, Case) else CASES[_known("case", case, CASES)] for case in cases]
+    else:
+        picked = [case for case in CASES.values() if full or case.quick]
+    triples = [(op, mode, case) for op in names for mode in OPS[op] for case in picked if op in case.ops]
+    if not triples:
+        raise ValueError(
+            f"none of the cases {', '.join(c.name for c in picked)} has op {', '.join(names)}; their ops: "
+            + ", ".join(dict.fromkeys(op for c in picked for op in c.ops))
+        )
+    return triples
+
+
+def _providers(names: Iterable[str] | None, full: bool) -> list[Provider]:
+    if names:
+        return [PROVIDERS[_known("provider", name, PROVIDERS)] for name in names]
+    return [p for p in PROVIDERS.values() if full or p.quick]
+
+
+class _Cells:
+    """Measures one (op, mode, case) with every provider."""
+
+    def __init__(self, providers, device, limits, facts, budget, rounds, memory, full, checkout) -> None:
+        self.providers, self.device, self.limits, self.facts = providers, device, limits, facts
+        self.budget, self.rounds, self.memory, self.full, self.checkout = budget, rounds, memory, full, checkout
+
+    def __call__(self, op: str, mode: str, case: Case) -> list[Row]:
+        if op in COLD_OPS:
+            return self._cold(op, mode, case)
+        estimate = flops(op, mode, case) / self.limits[case.dtype].product
+        workload = Workload(case, self.device)
+        rows: list[Row] = []
+        with contextlib.ExitStack() as stack:
+            timed: dict[int, Callable[[int], float]] = {}
+            for provider in self.providers:
+                row = self._row(op, mode, case, provider)
+                rows.append(row)
+                if estimate > LONGEST_CALL:
+                    row.status = f"skipped: the product alone takes {estimate:.0f} s here"
+                    continue
+                if not self._measure_memory(row, provider, op, mode, case):
+                    continue
+                prepared = prepare(provider, op, mode, case, self.device, w=workload)
+                row.status, row.backend = prepared.status, prepared.backend
+                if prepared.run is not None:
+                    timed[len(rows) - 1] = self._local(prepared)
+            if self.checkout is not None and estimate <= LONGEST_CALL:
+                rows.append(self._row(op, mode, case, PROVIDERS["sae_kernels"]))
+                remote = self._base(stack, rows[-1], op, mode, case)
+                if remote is not None:
+                    timed[len(rows) - 1] = remote
+            self._time(rows, timed, case)
+        return [row for row in rows if self._tells(row)]
+
+    def _tells(self, row: Row) -> bool:
+        """Floors and decoders alone have no row for an op that is not theirs; a peer always has one."""
+        alone = ("skipped: a floor", "skipped: a decoder alone", "skipped: not an op of torch", "skipped: not compiled")
+        return not row.status.startswith(alone)
+
+    def _row(self, op: str, mode: str, case: Case, provider: Provider) -> Row:
+        backend = ours_backend() if provider.backend == "auto" else provider.backend
+        facts = {name: self.facts[name] for name in ("device", "torch", "triton", "commit")}
+        return Row(op, mode, provider.name, backend, *case.size, **facts)
+
+    def _local(self, prepared: Prepared) -> Callable[[int], float]:
+        def timed(calls: int) -> float:
+            with measure.memory_guard():
+                return measure.seconds(prepared.run, calls, self.device)
+
+        return timed
+
+    def _base(self, stack, row: Row, op: str, mode: str, case: Case) -> Callable[[int], float] | None:
+        row.provider, row.commit = "sae_kernels_base", self.checkout.commit
+        worker = stack.enter_context(Worker(self.checkout.folder, torch.get_num_threads()))
+        try:
+            reply = worker.ask(do="build", op=op, mode=mode, case=asdict(case), provider="sae_kernels")
+        except WorkerDied as error:
+            row.status = str(error)
+            return None
+        row.status, row.backend = reply["status"], reply["backend"]
+        return (lambda calls: worker.ask(do="time", calls=calls)["seconds"]) if row.status == measure.OK else None
+
+    def _measure_memory(self, row: Row, provider: Provider, op: str, mode: str, case: Case) -> bool:
+        """In a process of its own; False where the call cannot be made in this machine's memory."""
+        wanted = self.memory and op != "activation_stats" and provider.backend != "inductor"
+        if not wanted or not (self.full or (op == "module" and mode == "step" and provider.key in MEMORY_IN_QUICK)):
+            return True
+        try:
+            with Worker(threads=torch.get_num_threads()) as worker:
+                reply = worker.ask(do="memory", op=op, mode=mode, case=asdict(case), provider=provider.key)
+        except WorkerDied as error:
+            row.status = str(error)
+            return False
+        row.extra_bytes, row.status = reply["bytes"], reply["status"]
+        return reply["status"] == measure.OK
+
+    def _time(self, rows: list[Row], timed: dict[int, Callable[[int], float]], case: Case) -> None:
+        samples: dict[int, list[float]] = {}
+        calls: dict[int, int] = {}
+        for number in list(timed):
+            try:
+                once = min(timed[number](1), timed[number](1))
+            except Exception as error:
+                rows[number].status = str(error) if isinstance(error, WorkerDied) else reason(error)
+                del timed[number]
+                continue
+            calls[number] = max(1, min(1000, int(2e-3 / max(once, 1e-9))))
+            samples[number] = []
+        timers = {number: (lambda n=number: timed[n](calls[n])) for number in timed}
+        for number, seconds in measure.interleaved(timers, self.budget, self.rounds):
+            samples[number].append(seconds)
+        for number, found in samples.items():
+            measure.fill(rows[number], found, case, self.limits[case.dtype])
+
+    def _cold(self, op: str, mode: str, case: Case) -> list[Row]:
+        """Import and first call, each time in a fresh process; torch itself is imported before the clock starts."""
+        rows = []
+        for provider in self.providers:
+            package = provider.package or {"sae_kernels": "sae_kernels"}.get(provider.name)
+            if provider.backend != "auto" and (package is None or provider.package is None):
+                if op == "import_time" or provider.name not in ("torch", "torch_compile"):
+                    continue
+            rows.append(row := self._row(op, mode, case, provider))
+            samples = []
+            for _ in range(self.rounds):
+                try:
+                    with Worker(threads=torch.get_num_threads()) as worker:
+                        reply = worker.ask(
+                            do="cold", package=package or "torch", op="topk_encode", mode="forward",
+                            case=asdict(case), provider=provider.key,
+                        )  # fmt: skip
+                except WorkerDied as error:
+                    reply = {"status": str(error)}
+                got = reply.get("import" if op == "import_time" else "first")
+                if got is None:
+                    row.status = reply["status"]
+                    break
+                samples.append(got)
+            if samples and row.status == measure.OK:
+                measure.fill(row, samples, case, self.limits[case.dtype])
+        return rows
+
+
+def main(options) -> int:
+    """What `sae-kernels bench` does with its parsed options."""
+    from . import scaling
+
+    if options.list:
+        print(table.registry())
+        return 0
+    if options.threads is not None:
+        if options.threads < 1:
+            raise ValueError(f"--threads must be at least 1, got {options.threads}")
+        torch.set_num_threads(options.threads)
+    out = options.out or (FULL_OUT if options.full else QUICK_OUT)
+    start = time.perf_counter()
+    if options.scaling:
+        scaling.measure_all(out, device=options.device)
+        return 0
+    rows = run(
+        options.op, options.case, options.provider,
+        full=options.full, device=options.device, out=out, base=options.base, say=lambda text: print(text, flush=True),
+    )  # fmt: skip
+    print()
+    print(table.summary(rows))
+    print(f"{len(rows)} rows in {time.perf_counter() - start:.0f} s; CSV in {out / machine_facts(options.device)['slug']}/")
+    if not options.full and not options.provider and sys.stdout.isatty():
+        print("this was the quick table; --full adds every case, torch.compile, the peers and memory")
+    return 0
