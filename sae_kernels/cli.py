@@ -72,6 +72,12 @@ def main(argv: list[str] | None = None) -> int:
 
 def _after_interrupt(options: argparse.Namespace, error: KeyboardInterrupt) -> str:
     folder = getattr(error, "checkpoint", None)
+    if options.command == "demo":
+        from .experiments.demo import DemoConfig
+
+        out = DemoConfig(model=options.model, out=options.out).filled().out
+        if (out / "run.json").is_file():
+            return f"interrupted; run the same command with --resume to go on from {out}"
     if folder is None:
         return "interrupted; nothing to resume was written"
     return f"interrupted after step {error.step}; run the same command with --resume to go on from {folder}"
@@ -172,15 +178,24 @@ def _add_eval(commands) -> None:
 
 
 def _add_bench(commands) -> None:
-    parser = _add(commands, "bench", _bench, "time and memory of the kernels against torch and other libraries", BENCH_EXAMPLES)
+    parser = _add(
+        commands, "bench", _bench, "time and memory of the kernels against torch and other libraries", BENCH_EXAMPLES
+    )
     parser.add_argument("--full", action="store_true", help="every case and provider, with memory")
     parser.add_argument("--op", action="append", metavar="OP", help="this op only (again for more)")
     parser.add_argument("--case", action="append", metavar="CASE", help="this case only (again for more)")
     parser.add_argument("--provider", action="append", metavar="NAME", help="this provider only (again for more)")
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
     parser.add_argument("--threads", type=int, metavar="N", help="threads torch may use (its own default)")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="CSV goes to DIR/<device>/<op>.csv (runs/bench; with --full benchmarks/results)")
-    parser.add_argument("--base", metavar="REV", help="measure this commit's kernels too, built in a throw-away worktree")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="CSV goes to DIR/<device>/<op>.csv (runs/bench; with --full benchmarks/results)",
+    )
+    parser.add_argument(
+        "--base", metavar="REV", help="measure this commit's kernels too, built in a throw-away worktree"
+    )
     parser.add_argument("--scaling", action="store_true", help="sweep one size at a time and fit exponents")
     parser.add_argument("--list", action="store_true", help="list cases, ops and providers")
 

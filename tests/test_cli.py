@@ -103,11 +103,11 @@ def test_ctrl_c_and_resume(tmp_path, acts):
         "--k",
         "4",
         "--steps",
-        "1200",
+        "600",
         "--batch-size",
         "32",
         "--checkpoint-every",
-        "50",
+        "25",
     ]
     process = subprocess.Popen(
         [sys.executable, "-m", "sae_kernels", *map(str, command), "--out", str(tmp_path / "cut")],
@@ -115,11 +115,11 @@ def test_ctrl_c_and_resume(tmp_path, acts):
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 240
     while not (tmp_path / "cut" / "config.json").is_file() and time.monotonic() < deadline:
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=240)
     assert process.returncode == 130, err
     last = err.strip().splitlines()[-1]
     assert "interrupted after step" in last and "--resume" in last and "Traceback" not in err
@@ -212,13 +212,11 @@ def test_info(capsys):
 
 
 def test_info_without_the_native_library():
-    done = python("info", timeout=60, cwd=os.getcwd())
-    assert done.returncode == 0
     without = subprocess.run(
         [sys.executable, "-m", "sae_kernels", "info"],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=240,
         env={**os.environ, "SAE_KERNELS_NATIVE": "0"},
     )
     assert "switched off by SAE_KERNELS_NATIVE=0" in without.stdout and "reference" in without.stdout
@@ -234,6 +232,17 @@ def test_demo_command(tmp_path, capsys, monkeypatch):
     wanted = {"model": "sasrec", "d": 16, "width": 2, "k": 4, "steps": 30, "normalize": "l2", "seed": 7, "epochs": 3}
     assert {name: seen[name] for name in wanted} == wanted
     assert seen["resume"] and seen["quiet"] and seen["out"] == tmp_path
+
+
+def test_ctrl_c_in_the_demo_says_how_to_go_on(tmp_path, capsys, monkeypatch):
+    def press(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(stages, "simulate", lambda *_, **options: simulate(100, 60, 4, **options))
+    monkeypatch.setattr(stages, "train_recommender", press)
+    assert cli.main(["demo", "--out", str(tmp_path / "run"), "--quiet"]) == 130
+    assert f"--resume to go on from {tmp_path / 'run'}" in capsys.readouterr().err
+    assert cli.main(["demo", "--model", "sasrec", "--interactions", str(tmp_path), "--out", str(tmp_path / "x")]) == 2
 
 
 def test_demo_prints_its_tables(tmp_path, capsys, monkeypatch):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from sae_kernels.data import simulate
-from sae_kernels.experiments import findings, stages
+from sae_kernels.experiments import demo, findings, stages
 from sae_kernels.experiments.demo import DemoConfig, run_demo
 from sae_kernels.experiments.report import render
 from sae_kernels.hooks import attach
@@ -169,6 +169,29 @@ def test_an_interrupted_demo_resumes_to_the_same_figures(tmp_path, monkeypatch):
     for key in KEYS[:-2]:
         assert resumed[key] == whole[key], key
     assert resumed["history"] == whole["history"]
+
+
+def test_a_new_run_takes_nothing_from_an_old_one(tmp_path, monkeypatch):
+    run_demo(small(tmp_path, epochs=2, steps=20))
+
+    def fail(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(stages, "train_recommender", fail)
+    with pytest.raises(KeyboardInterrupt):
+        run_demo(small(tmp_path, epochs=2, steps=30))
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["run.json"]
+    monkeypatch.undo()
+    resumed = run_demo(small(tmp_path, epochs=2, steps=30, resume=True))
+    assert resumed["history"][-1]["step"] == 30
+
+
+def test_metrics_are_plain_json(tmp_path):
+    assert demo._as_json({"a": [1.5, float("nan")], "b": float("inf"), "c": "x"}) == {
+        "a": [1.5, None],
+        "b": None,
+        "c": "x",
+    }
 
 
 def test_resuming_nothing(tmp_path):

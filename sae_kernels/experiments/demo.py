@@ -1,6 +1,8 @@
 """The demo: a recommender, a SAE in it, what that costs, what the latents mean, and what steering by them does."""
 
 import json
+import math
+import shutil
 import time
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager
@@ -152,7 +154,11 @@ def _begin(config: DemoConfig) -> None:
             raise ValueError(f"--resume: this run is not the one in {config.out}: {'; '.join(differing)}")
         return
     config.out.mkdir(parents=True, exist_ok=True)
-    (config.out / "recommender.safetensors").unlink(missing_ok=True)
+    # what an older run left would be taken for this one's
+    for name in ("recommender.safetensors", "metrics.json", "report.html"):
+        (config.out / name).unlink(missing_ok=True)
+    if (config.out / "sae" / "config.json").is_file():
+        shutil.rmtree(config.out / "sae")
     note.write_text(json.dumps(config.identity(), indent=2) + "\n")
 
 
@@ -226,7 +232,16 @@ def _backend() -> dict[str, Any]:
 
 def _metrics(results: dict[str, Any]) -> dict[str, Any]:
     """What goes to metrics.json: all figures, without the curves and lists that only the report draws."""
-    return {name: value for name, value in results.items() if name not in ("history", "density", "latents")}
+    return _as_json({name: value for name, value in results.items() if name not in ("history", "density", "latents")})
+
+
+def _as_json(value: Any) -> Any:
+    """NaN and Inf, which JSON does not know, as null."""
+    if isinstance(value, dict):
+        return {name: _as_json(part) for name, part in value.items()}
+    if isinstance(value, list):
+        return [_as_json(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _print(run: Run, results: dict[str, Any]) -> None:
