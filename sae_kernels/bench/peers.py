@@ -135,7 +135,7 @@ def _dictionary_trainer(w: Workload):
     from dictionary_learning.trainers.top_k import TopKTrainer
 
     c = w.case
-    trainer = TopKTrainer(1000, c.d_in, c.d_sae, c.k, layer=0, lm_name="none", device=str(w.device))
+    trainer = TopKTrainer(100_000, c.d_in, c.d_sae, c.k, layer=0, lm_name="none", device=str(w.device))
     ae = trainer.ae.to(w.dtype)
     copy_weights(ae.encoder.weight, w.W_enc, ae.encoder.bias, w.b_enc, ae.decoder.weight, w.W_dec.mT, ae.b_dec, w.b_dec)
     return trainer

@@ -13,7 +13,7 @@ import torch
 
 from . import measure, table
 from .base import base_checkout
-from .cases import ALIASES, CASES, OPS, Case, flops
+from .cases import ALIASES, CASES, OPS, Case, flops, least_bytes
 from .cell import Prepared, prepare, reason
 from .measure import Ceilings, Row
 from .providers import PROVIDERS, Provider, ours_backend
@@ -128,7 +128,8 @@ def _plan(ops, cases, full) -> Iterable[tuple[str, str, Case]]:
 def _providers(names: Iterable[str] | None, full: bool) -> list[Provider]:
     if names:
         return [PROVIDERS[_known("provider", name, PROVIDERS)] for name in names]
-    return [p for p in PROVIDERS.values() if full or p.quick]
+    same = f"sae_kernels:{ours_backend()}"  # forcing what is chosen anyway would measure it twice
+    return [p for p in PROVIDERS.values() if (full or p.quick) and p.key != same]
 
 
 class _Cells:
@@ -141,7 +142,7 @@ class _Cells:
     def __call__(self, op: str, mode: str, case: Case) -> list[Row]:
         if op in COLD_OPS:
             return self._cold(op, mode, case)
-        estimate = flops(op, mode, case) / self.limits[case.dtype].product
+        impossible = self._impossible(op, mode, case)
         workload = Workload(case, self.device)
         rows: list[Row] = []
         with contextlib.ExitStack() as stack:
@@ -149,8 +150,8 @@ class _Cells:
             for provider in self.providers:
                 row = self._row(op, mode, case, provider)
                 rows.append(row)
-                if estimate > LONGEST_CALL:
-                    row.status = f"skipped: the product alone takes {estimate:.0f} s here"
+                if impossible:
+                    row.status = impossible
                     continue
                 if not self._measure_memory(row, provider, op, mode, case):
                     continue
@@ -158,13 +159,22 @@ class _Cells:
                 row.status, row.backend = prepared.status, prepared.backend
                 if prepared.run is not None:
                     timed[len(rows) - 1] = self._local(prepared)
-            if self.checkout is not None and estimate <= LONGEST_CALL:
+            if self.checkout is not None and not impossible:
                 rows.append(self._row(op, mode, case, PROVIDERS["sae_kernels"]))
                 remote = self._base(stack, rows[-1], op, mode, case)
                 if remote is not None:
                     timed[len(rows) - 1] = remote
             self._time(rows, timed, case)
         return [row for row in rows if self._tells(row)]
+
+    def _impossible(self, op: str, mode: str, case: Case) -> str | None:
+        """Why no provider is asked: inputs and results do not fit, or one call takes too long."""
+        free = measure.available_bytes()
+        if self.device == "cpu" and free is not None and least_bytes(op, mode, case) > free:
+            return measure.OOM
+        # a backward pass has a forward pass before it
+        work = max(flops(op, mode, case), flops(op, "forward", case)) / self.limits[case.dtype].product
+        return f"skipped: the product alone takes {work:.0f} s here" if work > LONGEST_CALL else None
 
     def _tells(self, row: Row) -> bool:
         """Floors and decoders alone have no row for an op that is not theirs; a peer always has one."""

@@ -1,0 +1,464 @@
+"""The benchmark suite: its gate, its figures, its files."""
+
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import sae_kernels as sk
+import torch
+from sae_kernels.bench import CASES, OPS, PROVIDERS, Case, Row, measure, oracle, plots, report, run, scaling, table
+from sae_kernels.bench.call import Call, Unsupported
+from sae_kernels.bench.cases import flops, least_bytes, result_bytes
+from sae_kernels.bench.cell import prepare
+from sae_kernels.bench.measure import Ceilings
+from sae_kernels.bench.providers import Built, Provider
+from sae_kernels.bench.worker import Worker, WorkerDied
+from sae_kernels.bench.workload import Workload
+from sae_kernels.cli import main
+
+ROOT = Path(__file__).parents[1]
+TINY = Case("tiny", 96, 24, 160, 5, ops=("topk_encode", "sparse_decode", "module", "activation_stats", "serving"))
+CELLS = [(op, mode) for op in TINY.ops for mode in OPS[op]]
+LIMIT = Ceilings(copy=1e10, product=1e11)
+
+
+@pytest.fixture(autouse=True)
+def small_ceilings(monkeypatch):
+    full = measure.ceilings
+    monkeypatch.setattr(measure, "ceilings", lambda dtypes, device="cpu": full(dtypes, device, size=256, mib=4))
+
+
+def row(provider="sae_kernels", p50=1.0, **changes):
+    base = Row("topk_encode", "forward", provider, "cpu", 96, 24, 160, 5, "float32", 0.9 * p50, p50, 1.1 * p50, device="box")
+    return replace(base, **changes)
+
+
+# the gate
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
+@pytest.mark.parametrize(("op", "mode"), CELLS)
+@pytest.mark.parametrize("key", ["sae_kernels", "sae_kernels:reference", "torch"])
+def test_right_results_pass_the_gate(key, op, mode, dtype):
+    assert prepare(PROVIDERS[key], op, mode, replace(TINY, dtype=dtype)).status == "ok"
+
+
+@pytest.mark.parametrize(("op", "mode", "key"), [("topk_encode", "forward", "linear"), ("sparse_decode", "backward", "embedding_bag")])
+def test_floor_and_bag_pass_the_gate(op, mode, key):
+    assert prepare(PROVIDERS[key], op, mode, TINY).status == "ok"
+
+
+def broken(op, mode, change):
+    """Plain torch with its result changed before it is checked."""
+
+    def build(op_, mode_, w):
+        call = PROVIDERS["torch"].build(op_, mode_, w).call
+        return Built(Call(call.run, lambda r: change(tuple(t.clone() for t in call.read(r)))))
+
+    return prepare(Provider("broken", build), op, mode, TINY).status
+
+
+def _scaled(position, factor):
+    def change(result):
+        changed = list(result)
+        changed[position] = (changed[position] * factor).to(changed[position].dtype)
+        return tuple(changed)
+
+    return change
+
+
+def _twice(result):
+    values, indices = result
+    values[:, 1], indices[:, 1] = values[:, 0], indices[:, 0]
+    return values, indices
+
+
+def _other_latents(result):
+    return result[0], (result[1] + 1) % TINY.d_sae
+
+
+def _one_less(result):
+    counts = result[0]
+    counts[counts.argmax()] -= 1
+    return result
+
+
+@pytest.mark.parametrize(
+    ("op", "mode", "change", "says"),
+    [
+        ("topk_encode", "forward", _scaled(0, 1.01), "values"),
+        ("topk_encode", "forward", _scaled(0, float("nan")), "values"),
+        ("topk_encode", "forward", _twice, "twice"),
+        ("topk_encode", "forward", _other_latents, "chosen"),
+        ("topk_encode", "forward", lambda r: (r[0][:, :-1], r[1][:, :-1]), "shape"),
+        ("topk_encode", "forward", lambda r: (torch.ones(TINY.rows, TINY.d_sae),), "more than k"),
+        ("topk_encode", "backward", _scaled(0, 1.01), "dW_enc"),
+        ("topk_encode", "backward", _scaled(1, 1.01), "db_enc"),
+        ("sparse_decode", "forward", _scaled(0, 1.01), "y is off"),
+        ("sparse_decode", "backward", _scaled(0, 1.01), "dvalues"),
+        ("sparse_decode", "backward", _scaled(1, 1.01), "dW_dec"),
+        ("module", "forward", _scaled(0, 1.01), "x_hat"),
+        ("module", "step", _scaled(0, 1.01), "gradients"),
+        ("activation_stats", "forward", _one_less, "counts"),
+        ("activation_stats", "forward", _scaled(1, 1.01), "sum"),
+        ("activation_stats", "forward", _scaled(2, 1.01), "max"),
+    ],
+)
+def test_wrong_results_become_a_row_that_says_so(op, mode, change, says):
+    status = broken(op, mode, change)
+    assert status.startswith("wrong: ") and says in status
+
+
+def test_step_gate_ignores_the_loss_factor():
+    assert broken("module", "step", lambda grads: tuple(7 * g for g in grads)) == "ok"
+
+
+def test_whatever_a_provider_raises_is_a_row():
+    def says(error):
+        def build(op, mode, w):
+            raise error
+
+        return prepare(Provider("p", build), "topk_encode", "forward", TINY).status
+
+    assert says(Unsupported("no GPU")) == "skipped: no GPU"
+    assert says(ZeroDivisionError("by\nzero")) == "crashed: ZeroDivisionError: by zero"
+    assert says(MemoryError()) == "OOM"
+    assert says(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")) == "OOM"
+    gone = prepare(Provider("p", None, package="no_such_library"), "topk_encode", "forward", TINY)
+    assert gone.run is None and "no_such_library is not importable" in gone.status
+
+
+def test_sample_rows_have_a_clear_last_place():
+    small = Workload(TINY).sample(8)
+    best = (small.x.double() @ small.W_enc.double().mT + small.b_enc.double()).relu().topk(TINY.k + 1).values
+    everything = (Workload(TINY).x.double() @ small.W_enc.double().mT + small.b_enc.double()).relu().topk(TINY.k + 1).values
+    assert small.case.rows == 8
+    assert (best[:, -2] - best[:, -1]).min() > (everything[:, -2] - everything[:, -1]).median()
+
+
+@pytest.mark.parametrize("inputs", ["sorted", "equal", "negative", "clustered"])
+def test_inputs_are_what_they_are_called(inputs):
+    w = Workload(replace(TINY, inputs=inputs))
+    pre = w.x @ w.W_enc.mT
+    if inputs == "sorted":
+        assert (pre.diff(dim=1) > 0).all()
+    elif inputs == "equal":
+        assert torch.allclose(pre, pre[:, :1].expand_as(pre), rtol=1e-5)
+    elif inputs == "negative":
+        assert (pre < 0).all()
+    else:
+        near = torch.nn.functional.cosine_similarity(w.W_enc[0], w.W_enc[1], dim=0)
+        far = torch.nn.functional.cosine_similarity(w.W_enc[0], w.W_enc[100], dim=0)
+        assert near > far + 0.2
+
+
+# figures
+
+
+def test_percentiles_rates_and_ceiling():
+    case = Case("c", 1000, 100, 2000, 10)
+    filled = row()
+    measure.fill(filled, [0.01 * n for n in range(1, 12)], case, LIMIT)
+    assert (filled.p20_ms, filled.p50_ms, filled.p80_ms) == pytest.approx((30.0, 60.0, 90.0))
+    assert filled.gflop_s == pytest.approx(2 * 1000 * 100 * 2000 / 0.06 / 1e9)
+    traffic = 4 * (1000 * 100 + 2000 * 100) + 8 * 1000 * 10
+    assert filled.gb_s == pytest.approx(traffic / 0.06 / 1e9)
+    assert filled.pct_of_ceiling == pytest.approx(100 * (4e8 / 1e11) / 0.06)
+
+
+def test_a_bandwidth_bound_op_is_measured_against_the_copy():
+    case = Case("c", 1000, 100, 2000, 10)
+    assert LIMIT.least_seconds("sparse_decode", "forward", case) == least_bytes("sparse_decode", "forward", case) / 1e10
+
+
+@pytest.mark.parametrize(("op", "mode"), CELLS)
+def test_every_op_has_work_and_traffic(op, mode):
+    assert flops(op, mode, TINY) > 0 and least_bytes(op, mode, TINY) >= result_bytes(op, mode, TINY) >= 0
+    assert (op, mode) in oracle._CHECKS or op == "serving"
+
+
+def test_ceilings_are_rates_of_this_machine():
+    limits = measure.ceilings({"bfloat16"})
+    assert set(limits) == {"float32", "bfloat16"}
+    assert all(1e8 < limit.copy < 1e13 and 1e8 < limit.product < 1e15 for limit in limits.values())
+    assert limits["bfloat16"].product >= limits["float32"].product
+
+
+def test_rounds_are_interleaved_and_rotate():
+    order = [name for name, _ in measure.interleaved({"a": lambda: 1.0, "b": lambda: 2.0}, budget=0.0, least=3)]
+    assert order == ["a", "b", "b", "a", "a", "b"]
+    assert len(list(measure.interleaved({"a": lambda: 1.0}, budget=1e9, least=1, most=7))) == 7
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the high-water mark is read from /proc")
+def test_peak_memory_counts_what_is_allocated_and_freed():
+    def run_(mib):
+        return f"(lambda: torch.ones({mib} * 2**18).sum())"
+
+    code = (
+        "import torch; from sae_kernels.bench import measure; from sae_kernels.bench.cases import Case\n"
+        "case = Case('c', 1, 1, 1, 1)\n"
+        f"print([measure.peak_extra_bytes(run, 'none', 'none', case) / 2**20 for run in ({run_(1)}, {run_(64)}, {run_(8)})])"
+    )
+    env = {**measure.worker_environment(), "PYTHONPATH": str(ROOT)}
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, check=True).stdout
+    _, large, small = json.loads(out.splitlines()[-1])
+    assert large == pytest.approx(64, abs=4) and small == pytest.approx(8, abs=4)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the limit is Linux's")
+def test_an_allocation_beyond_memory_is_oom_and_nothing_breaks():
+    limit = measure.available_bytes()
+    with measure.memory_guard(), pytest.raises(RuntimeError) as caught:
+        torch.empty(limit // 4 + 2**28).fill_(1)
+    assert measure.is_oom(caught.value)
+    assert torch.empty(2**20).fill_(1).sum() == 2**20
+
+
+# the worker
+
+
+def test_worker_builds_times_and_dies_as_a_row():
+    from dataclasses import asdict
+
+    with Worker(threads=1) as worker:
+        request = {"op": "topk_encode", "mode": "forward", "case": asdict(TINY), "provider": "sae_kernels"}
+        assert worker.ask(do="build", **request)["status"] == "ok"
+        assert 0 < worker.ask(do="time", calls=2)["seconds"] < 30
+        memory = worker.ask(do="memory", **request)
+        assert memory["status"] == "ok" and 0 <= memory["bytes"] < 2**26
+        os.kill(worker._process.pid, signal.SIGKILL)
+        with pytest.raises(WorkerDied, match="OOM"):
+            worker.ask(do="time", calls=1)
+
+
+def test_cold_call_reports_import_and_first_call():
+    from dataclasses import asdict
+
+    request = {"op": "topk_encode", "mode": "forward", "case": asdict(TINY), "provider": "sae_kernels"}
+    with Worker(threads=1) as worker:
+        reply = worker.ask(do="cold", package="sae_kernels", **request)
+        assert reply["status"] == "ok" and reply["import"] > 0 and reply["first"] > 0
+        assert "not importable" in worker.ask(do="cold", package="no_such_library", **request)["status"]
+
+
+# runs
+
+
+def test_run_writes_rows_with_every_column(tmp_path):
+    said = []
+    rows = run(["encode"], [TINY], ["sae_kernels", "torch"], out=tmp_path, seconds_per_cell=0.01, say=said.append)
+    assert [(r.op, r.mode, r.provider) for r in rows] == [
+        ("topk_encode", mode, name) for mode in ("forward", "backward") for name in ("sae_kernels", "torch")
+    ]
+    (path,) = tmp_path.glob("*/topk_encode.csv")
+    assert path.read_text().splitlines()[0] == (
+        "op,mode,provider,backend,rows,d_in,d_sae,k,dtype,p20_ms,p50_ms,p80_ms,gb_s,gflop_s,pct_of_ceiling,extra_bytes,"
+        "status,device,torch,triton,commit"
+    )
+    kept = table.read(path)
+    assert [r.provider for r in kept] == [r.provider for r in rows]
+    for got, made in zip(kept, rows, strict=True):
+        assert got.p50_ms == pytest.approx(made.p50_ms, rel=1e-3) and made.p20_ms <= made.p50_ms <= made.p80_ms
+        assert made.status == "ok" and made.torch == torch.__version__ and made.commit and made.gflop_s > 0
+    assert any("topk_encode forward, 96 x 24 x 160, k 5" in text for text in said)
+
+
+def test_a_peer_that_is_missing_is_a_row(monkeypatch):
+    gone = replace(PROVIDERS["sae_lens"], package="no_such_library")
+    monkeypatch.setitem(PROVIDERS, "sae_lens", gone)
+    rows = run(["module"], [TINY], ["sae_kernels", "sae_lens"], seconds_per_cell=0.01, memory=False, say=lambda _: None)
+    assert [r.p50_ms is None for r in rows if r.provider == "sae_lens"] == [True, True]
+    assert all("not importable" in r.status for r in rows if r.provider == "sae_lens")
+
+
+def test_ctrl_c_keeps_the_rows(tmp_path, monkeypatch):
+    from sae_kernels.bench import runner
+
+    calls = []
+
+    def interrupted(*args, **kwargs):
+        calls.append(1)
+        if len(calls) > 1:
+            raise KeyboardInterrupt
+        return prepare(*args, **kwargs)
+
+    monkeypatch.setattr(runner, "prepare", interrupted)
+    rows = run(["topk_encode"], [TINY], ["sae_kernels"], out=tmp_path, seconds_per_cell=0.01, say=lambda _: None)
+    assert [r.mode for r in rows] == ["forward"]
+    assert [r.mode for r in table.read(next(tmp_path.glob("*/topk_encode.csv")))] == ["forward"]
+
+
+def test_a_case_too_large_for_this_machine_is_a_row():
+    slow = Case("slow", 2**20, 1024, 2**20, 32, ops=("topk_encode",))
+    huge = Case("huge", 2**40, 4096, 64, 32, ops=("sparse_decode",))
+    rows = run(["encode", "decode"], [slow, huge], ["sae_kernels", "torch"], say=lambda _: None)
+    said = {(r.op, r.mode, r.provider): r.status for r in rows}
+    assert len(said) == 8 and all(r.p50_ms is None for r in rows)
+    assert all("the product alone takes" in text for (op, _, _), text in said.items() if op == "topk_encode")
+    assert all(text == "OOM" for (op, _, _), text in said.items() if op == "sparse_decode")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"ops": ["encoder"]}, "op 'encoder' is unknown; choose from topk_encode"),
+        ({"cases": ["large"]}, "case 'large' is unknown; choose from sequential"),
+        ({"providers": ["jax"]}, "provider 'jax' is unknown; choose from sae_kernels"),
+        ({"ops": ["encode"], "cases": ["stream"]}, "none of the cases stream has op topk_encode; their ops: activation_stats"),
+        ({"device": "tpu"}, "device 'tpu' is not here; choose from cpu"),
+    ],
+)
+def test_unknown_names_list_the_known(arguments, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        run(**arguments)
+
+
+def test_command_line(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(CASES, "tiny", TINY)
+    assert main(["bench", "--list"]) == 0
+    listed = capsys.readouterr().out
+    assert all(name in listed for name in (*CASES, *OPS, *PROVIDERS))
+    assert main(["bench", "--case", "nope"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "choose from" in error and "collaborative" in error
+    assert main(["bench", "--op", "decode", "--case", "tiny", "--provider", "sae_kernels", "--out", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert "losses" in out and len(list(tmp_path.glob("*/sparse_decode.csv"))) == 1
+
+
+def test_base_revision_unknown_is_one_line():
+    with pytest.raises(ValueError, match="no such commit"):
+        run(["encode"], [TINY], ["sae_kernels"], base="no-such-revision", say=lambda _: None)
+
+
+# files
+
+
+def test_a_comparison_measured_again_replaces_the_old_one_whole(tmp_path):
+    table.write([row(), row("torch", 2.0), row(k=7)], tmp_path)
+    table.write([row(p50=3.0)], tmp_path)
+    kept = table.read(tmp_path / "topk_encode.csv")
+    assert sorted((r.provider, r.k, r.p50_ms) for r in kept) == [("sae_kernels", 5, 3.0), ("sae_kernels", 7, 1.0)]
+
+
+def test_a_status_without_figures_survives_the_file(tmp_path):
+    lost = row("sae_lens", status='wrong: values, "all" off')
+    lost.p20_ms = lost.p50_ms = lost.p80_ms = None
+    table.write([lost], tmp_path)
+    (kept,) = table.read(tmp_path / "topk_encode.csv")
+    assert kept == lost
+
+
+def test_other_columns_raise(tmp_path):
+    (tmp_path / "x.csv").write_text("op,ms\n1,2\n")
+    with pytest.raises(ValueError, match="columns are"):
+        table.read(tmp_path / "x.csv")
+
+
+def test_losses_come_first_plain_torch_before_peers():
+    rows = [row(p50=2.0), row("sae_lens", 0.5), row("torch", 1.0), row("linear", 0.1), row("overcomplete", 3.0)]
+    rows.append(row(backend="reference", p50=0.2))
+    assert [other.provider for _, other in table.losses(rows)] == ["torch", "sae_lens"]
+    text = table.summary(rows)
+    assert text.startswith("losses:") and "2.00 times the time of torch" in text.splitlines()[1]
+    assert "none" in table.losses_text([row(), row("torch", 2.0)])
+
+
+def test_exponents_are_those_of_the_data():
+    found = [("rows", str(n), row(p50=0.01 * n**0.97, rows=n)) for n in (10, 100, 1000, 10000)]
+    ((axis, op, mode, provider, whole, large),) = scaling.exponents(found)
+    assert (axis, op, mode, provider) == ("rows", "topk_encode", "forward", "sae_kernels")
+    assert whole == pytest.approx(0.97) and large == pytest.approx(0.97)
+    with pytest.raises(ValueError, match="two points"):
+        scaling.slope([1.0], [1.0])
+
+
+def test_scaling_measures_and_reads_back(tmp_path, monkeypatch):
+    monkeypatch.setattr(scaling, "START", TINY)
+    monkeypatch.setattr(scaling, "AXES", {"rows": (32, 64), "input": ("random", "sorted", "equal")})
+    monkeypatch.setattr(scaling, "NAMES", ("sae_kernels", "linear"))
+    monkeypatch.setattr(scaling, "MEASURED", (("topk_encode", "forward"),))
+    monkeypatch.setattr(scaling, "_memory", lambda op, mode, case, name, threads: (case.rows, "ok"))
+    monkeypatch.setattr(scaling.measure, "interleaved", lambda timers, budget, least: ((n, t()) for n, t in timers.items()))
+    found = scaling.measure_all(tmp_path, axes=("rows", "input"), say=lambda _: None)
+    assert [(axis, value) for axis, value, r in found if r.provider == "sae_kernels"] == [
+        ("rows", "32"), ("rows", "64"), ("input", "random"), ("input", "sorted"), ("input", "equal"),
+    ]  # fmt: skip
+    assert all(r.status == "ok" and (r.extra_bytes == r.rows) is (r.provider != "linear") for _, _, r in found)
+    back = scaling.read(next(tmp_path.glob("*/scaling.csv")))
+    assert [(a, v, r.provider) for a, v, r in back] == [(a, v, r.provider) for a, v, r in found]
+
+
+# the report
+
+
+def _results(tmp_path):
+    folder = tmp_path / "benchmarks" / "results" / "box"
+    case = CASES["sequential"]
+    size = dict(zip(("rows", "d_in", "d_sae", "k", "dtype"), case.size, strict=True))
+    rows = [row(p50=10.0, **size), row("torch", 30.0, **size), row("linear", 12.5, **size)]
+    rows += [row(op="module", mode="step", p50=20.0, extra_bytes=2**20, **size)]
+    rows += [row("torch", op="module", mode="step", p50=130.0, extra_bytes=2**30, **size)]
+    table.write(rows, folder)
+    scaling._write([("rows", str(n), row(p50=n, rows=n, extra_bytes=2**20)) for n in (10, 100)], folder)
+    return folder
+
+
+def test_readme_and_plots_follow_the_csv(tmp_path):
+    folder = _results(tmp_path)
+    names = ("headline", "machine", "losses", "memory", "scaling", "plots", "encode", "serving")
+    readme = tmp_path / "README.md"
+    readme.write_text("# t\n" + "".join(f"<!-- bench:{n} -->\nold\n<!-- /bench:{n} -->\n" for n in names))
+    changed = report.write(tmp_path)
+    text = readme.read_text()
+    assert "| 8192, 64, 4096, 32 | 10 | 0.80 | 3.00x | - | 20 | 6.50x |" in text
+    assert "1.0 | 1024.0 |" in text and "1.00 (1.00)" in text and "old" not in text
+    assert "No comparison in which another provider is faster." in text and "Not measured yet." in text
+    for svg in re.findall(r"!\[\w+\]\((\S+)\)", text):
+        assert (tmp_path / svg).read_text().startswith("<svg")
+    assert readme in changed and report.write(tmp_path) == []
+    table.write([row(p50=11.0, **{n: getattr(CASES["sequential"], n) for n in ("rows", "d_in", "d_sae", "k")})], folder)
+    assert readme in report.write(tmp_path)
+
+
+def test_a_broken_marker_raises():
+    with pytest.raises(ValueError, match="opened"):
+        report.update("<!-- bench:encode -->\n", [])
+    with pytest.raises(ValueError, match="block 'speed' is unknown"):
+        report.update("<!-- bench:speed -->\n<!-- /bench:speed -->\n", [])
+
+
+@pytest.mark.skipif(not (ROOT / "README.md").is_file(), reason="no README.md beside the package")
+def test_readme_agrees_with_the_results():
+    found = report.devices(ROOT / "benchmarks" / "results", ROOT)
+    text = (ROOT / "README.md").read_text()
+    assert report.update(text, found) == text, "README.md and benchmarks/results disagree: run python -m benchmarks.report"
+    for result in found:
+        for name, svg in report.drawings(result).items():
+            assert (result.folder / name).read_text() == svg, f"{name} is stale: run python -m benchmarks.report"
+
+
+def test_plots_place_points_on_log_axes():
+    svg = plots.lines("t", "x", "ms", {"a": [(1, 1), (10, 10), (100, 100)]})
+    spots = [tuple(map(float, m)) for m in re.findall(r'cx="([\d.]+)" cy="([\d.]+)"', svg)]
+    (x0, y0), (x1, y1), (x2, y2) = spots
+    assert math.isclose(x1 - x0, x2 - x1, abs_tol=0.2) and math.isclose(y0 - y1, y1 - y2, abs_tol=0.2)
+    wide, narrow = map(float, re.findall(r'<rect x="190"[^>]* width="([\d.]+)"', plots.bars("t", {"g": {"a": 4, "b": 1}})))
+    assert wide == pytest.approx(4 * narrow, rel=0.01)
+    with pytest.raises(ValueError, match="positive"):
+        plots.lines("t", "x", "y", {"a": [(1, 0)]})
+
+
+def test_forced_backends_run_what_they_say():
+    w = Workload(TINY)
+    ours = PROVIDERS["sae_kernels"].build("topk_encode", "forward", w).call.run()
+    forced = PROVIDERS["sae_kernels:reference"].build("topk_encode", "forward", w).call.run()
+    assert torch.equal(ours[1], forced[1]) and sk.info()["backend_forced"] is (os.environ.get("SAE_KERNELS_BACKEND", "auto") != "auto")
