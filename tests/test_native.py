@@ -45,7 +45,7 @@ def test_forced_backends():
         with sk.backend("auto"):
             assert _backend.pick(torch.device("cpu")) == "cpu"
     assert _backend.pick(torch.device("cpu")) == "cpu"
-    for name, message in (("gpu", "unknown backend 'gpu'; choose from auto"), ("triton", "'triton' cannot run")):
+    for name, message in (("gpu", "unknown backend 'gpu'; choose from auto"), ("cuda", "'cuda' cannot run: this version")):
         with pytest.raises(ValueError, match=message), sk.backend(name):
             pass
     with sk.backend("cpu"), pytest.raises(ValueError, match="forced and the tensors are on meta"):

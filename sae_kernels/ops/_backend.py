@@ -17,9 +17,27 @@ def _checked(name: str, origin: str) -> str:
         raise ValueError(f"{origin}: unknown backend {name!r}; choose from {', '.join(BACKENDS)}")
     if name == "cpu" and not _native.cpu_loaded():
         raise ValueError(f"{origin}: backend 'cpu' cannot run: the native library is {_native.cpu_error}")
-    if name in ("triton", "cuda"):
-        raise ValueError(f"{origin}: backend {name!r} cannot run: this version has no {name} kernels")
+    if name == "cuda":
+        raise ValueError(f"{origin}: backend 'cuda' cannot run: this version has no cuda kernels")
+    if name == "triton":
+        missing = triton_error() or (None if interpreted() or torch.cuda.is_available() else "there is no CUDA device")
+        if missing:
+            raise ValueError(f"{origin}: backend 'triton' cannot run: {missing}")
     return name
+
+
+def interpreted() -> bool:
+    """Triton runs its kernels on the CPU, slowly, to check them."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def triton_error() -> str | None:
+    """Why the Triton kernels cannot be imported; None where they can."""
+    try:
+        from .. import kernels  # noqa: F401
+    except ImportError as error:
+        return f"Triton does not import ({error}): pip install 'sae-kernels[triton]'"
+    return None
 
 
 _forced = _checked(os.environ.get("SAE_KERNELS_BACKEND", "auto"), "SAE_KERNELS_BACKEND")
@@ -46,12 +64,17 @@ def pick(device: torch.device) -> str:
     global _warned
     if _forced == "cpu" and device.type != "cpu":
         raise ValueError(f"backend 'cpu' is forced and the tensors are on {device}")
+    if _forced == "triton" and device.type != ("cpu" if interpreted() else "cuda"):
+        raise ValueError(f"backend 'triton' is forced and the tensors are on {device}")
     if _forced != "auto":
         return _forced
     if device.type == "cpu" and _native.cpu_loaded():
         return "cpu"
+    if device.type == "cuda" and triton_error() is None:
+        return "triton"
     if not _warned and not torch.compiler.is_compiling():
         _warned = True
-        cause = _native.cpu_error if device.type == "cpu" else f"this version has no kernels for {device.type}"
+        causes = {"cpu": _native.cpu_error, "cuda": triton_error()}
+        cause = causes.get(device.type, f"this version has no kernels for {device.type}")
         warnings.warn(f"sae_kernels runs its plain torch reference, which is slow: {cause}", stacklevel=3)
     return "reference"

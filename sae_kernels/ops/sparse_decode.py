@@ -10,23 +10,30 @@ _lib = torch.library.Library("sae_kernels", "FRAGMENT")
 _lib.define("sparse_decode(Tensor values, Tensor indices, Tensor W_dec, Tensor? b_dec) -> Tensor")
 _lib.define("sparse_decode_backward(Tensor grad, Tensor values, Tensor indices, Tensor W_dec) -> (Tensor, Tensor)")
 _lib.define("sparse_decode_grad_values(Tensor grad, Tensor indices, Tensor W_dec) -> Tensor")
-_forward = torch.ops.sae_kernels.sparse_decode.default
-_backward = torch.ops.sae_kernels.sparse_decode_backward.default
-_grad_values = torch.ops.sae_kernels.sparse_decode_grad_values.default
+_lib.define("sparse_decode_triton(Tensor values, Tensor indices, Tensor W_dec, Tensor? b_dec) -> Tensor")
+_lib.define("sparse_decode_triton_backward(Tensor grad, Tensor values, Tensor indices, Tensor W_dec) -> (Tensor, Tensor)")
+_lib.define("sparse_decode_triton_grad_values(Tensor grad, Tensor indices, Tensor W_dec) -> Tensor")
+_ops = torch.ops.sae_kernels
+_forward = {"cpu": _ops.sparse_decode.default, "triton": _ops.sparse_decode_triton.default}
+_backward = {"cpu": _ops.sparse_decode_backward.default, "triton": _ops.sparse_decode_triton_backward.default}
+_grad_values = {"cpu": _ops.sparse_decode_grad_values.default, "triton": _ops.sparse_decode_triton_grad_values.default}
 
 _OUT_OF_RANGE = "sparse_decode: indices"
 
 
+@torch.library.register_fake("sae_kernels::sparse_decode_triton", lib=_lib)
 @torch.library.register_fake("sae_kernels::sparse_decode", lib=_lib)
 def _forward_fake(values, indices, W_dec, b_dec):
     return W_dec.new_empty(values.shape[0], W_dec.shape[1])
 
 
+@torch.library.register_fake("sae_kernels::sparse_decode_triton_backward", lib=_lib)
 @torch.library.register_fake("sae_kernels::sparse_decode_backward", lib=_lib)
 def _backward_fake(grad, values, indices, W_dec):
     return torch.empty_like(values, memory_format=torch.contiguous_format), W_dec.new_empty(W_dec.shape)
 
 
+@torch.library.register_fake("sae_kernels::sparse_decode_triton_grad_values", lib=_lib)
 @torch.library.register_fake("sae_kernels::sparse_decode_grad_values", lib=_lib)
 def _grad_values_fake(grad, indices, W_dec):
     return grad.new_empty(indices.shape)
@@ -41,7 +48,8 @@ def sparse_decode(values: Tensor, indices: Tensor, W_dec: Tensor, b_dec: Tensor 
     summed in one fixed order, whatever the number of threads.
 
     Under autocast, tensors of different floating dtypes are brought to W_dec's. Raises TypeError or ValueError that names
-    the argument; an index out of range raises ValueError (RuntimeError inside a compiled graph).
+    the argument; an index out of range raises ValueError (RuntimeError inside a compiled graph). The Triton kernels, which
+    do not wait for the GPU, make its row NaN instead and leave its entry out of W_dec's gradient.
     """
     values, b_dec = _autocast.widened(W_dec, values, b_dec)
     _check(values, indices, W_dec, b_dec)
@@ -69,7 +77,7 @@ def _check(values, indices, W_dec, b_dec) -> None:
 
 def decode_with(backend: str, values: Tensor, indices: Tensor, W_dec: Tensor, b_dec: Tensor | None) -> Tensor:
     """The forward kernel of `backend` on 2-d, checked tensors."""
-    decode = _reference_forward if backend == "reference" else _forward
+    decode = _reference_forward if backend == "reference" else _forward[backend]
     if torch.compiler.is_compiling():
         return decode(values, indices, W_dec, b_dec)
     try:
@@ -86,6 +94,29 @@ def decode_with(backend: str, values: Tensor, indices: Tensor, W_dec: Tensor, b_
 def _reference_forward(values: Tensor, indices: Tensor, W_dec: Tensor, b_dec: Tensor | None) -> Tensor:
     with _autocast.switched_off(values.device):
         return reference.sparse_decode(values, indices, W_dec, b_dec)
+
+
+def _triton_forward(values, indices, W_dec, b_dec):
+    from ..kernels import sparse_decode as kernel
+
+    return kernel.sparse_decode(values, indices, W_dec, b_dec)
+
+
+def _triton_backward(grad, values, indices, W_dec):
+    from ..kernels.latent_sums import latent_sums
+
+    return _triton_grad_values(grad, indices, W_dec), latent_sums(indices, values, grad, W_dec.shape[0])[0]
+
+
+def _triton_grad_values(grad, indices, W_dec):
+    from ..kernels import sparse_decode as kernel
+
+    return kernel.grad_values(grad, indices, W_dec)
+
+
+_lib.impl("sparse_decode_triton", _triton_forward, "CompositeExplicitAutograd")
+_lib.impl("sparse_decode_triton_backward", _triton_backward, "CompositeExplicitAutograd")
+_lib.impl("sparse_decode_triton_grad_values", _triton_grad_values, "CompositeExplicitAutograd")
 
 
 class _SparseDecode(torch.autograd.Function):
@@ -108,9 +139,9 @@ class _SparseDecode(torch.autograd.Function):
         if ctx.backend == "reference":
             dvalues, dW = _reference_backward(grad, values, indices, W_dec)
         elif need_W:
-            dvalues, dW = _backward(grad, values, indices, W_dec)
+            dvalues, dW = _backward[ctx.backend](grad, values, indices, W_dec)
         elif need_values:
-            dvalues = _grad_values(grad, indices, W_dec)
+            dvalues = _grad_values[ctx.backend](grad, indices, W_dec)
         db = grad.sum(0, dtype=reference.accumulator(grad.dtype)).to(grad.dtype) if need_b else None
         return dvalues if need_values else None, None, dW if need_W else None, db, None
 

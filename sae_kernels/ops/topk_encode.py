@@ -8,21 +8,31 @@ from ._backend import pick
 from .sparse_decode import decode_with
 
 ACTIVATIONS = ("relu", "none", "abs")
+_FLOAT64_CELLS = 2**20
 
 _lib = torch.library.Library("sae_kernels", "FRAGMENT")
 _lib.define(
     "topk_encode(Tensor x, Tensor W_enc, Tensor? b_enc, int k, int activation, Tensor? latent_mask) -> (Tensor, Tensor)"
 )
 _lib.define("topk_encode_backward(Tensor grad_pre, Tensor indices, Tensor x, int d_sae) -> (Tensor, Tensor)")
-_forward = torch.ops.sae_kernels.topk_encode.default
-_backward = torch.ops.sae_kernels.topk_encode_backward.default
+_lib.define(
+    "topk_encode_triton(Tensor x, Tensor W_enc, Tensor? b_enc, int k, int activation, Tensor? latent_mask) -> (Tensor, Tensor)"
+)
+_lib.define("topk_encode_triton_backward(Tensor grad_pre, Tensor indices, Tensor x, int d_sae) -> (Tensor, Tensor)")
+_forward = {"cpu": torch.ops.sae_kernels.topk_encode.default, "triton": torch.ops.sae_kernels.topk_encode_triton.default}
+_backward = {
+    "cpu": torch.ops.sae_kernels.topk_encode_backward.default,
+    "triton": torch.ops.sae_kernels.topk_encode_triton_backward.default,
+}
 
 
+@torch.library.register_fake("sae_kernels::topk_encode_triton", lib=_lib)
 @torch.library.register_fake("sae_kernels::topk_encode", lib=_lib)
 def _forward_fake(x, W_enc, b_enc, k, activation, latent_mask):
     return x.new_empty(x.shape[0], k), x.new_empty(x.shape[0], k, dtype=torch.int32)
 
 
+@torch.library.register_fake("sae_kernels::topk_encode_triton_backward", lib=_lib)
 @torch.library.register_fake("sae_kernels::topk_encode_backward", lib=_lib)
 def _backward_fake(grad_pre, indices, x, d_sae):
     return x.new_empty(d_sae, x.shape[1]), x.new_empty(d_sae)
@@ -84,13 +94,37 @@ def _check(x, W_enc, b_enc, k, activation, latent_mask) -> None:
         _checks.same_device(op, "x", x, "latent_mask", latent_mask)
 
 
+def _triton_forward(x, W_enc, b_enc, k, activation, latent_mask):
+    from ..kernels import topk_encode as kernel
+
+    with _autocast.switched_off(x.device):
+        if x.dtype != torch.float64:
+            return kernel.topk_encode(x, W_enc, b_enc, k, activation, latent_mask)
+        # the keys of the kernels hold 32 bits of score: float64 runs the reference, a bounded number of rows at a time
+        parts = [
+            reference.topk_encode(part, W_enc, b_enc, k, ACTIVATIONS[activation], latent_mask)
+            for part in x.split(max(1, _FLOAT64_CELLS // W_enc.shape[0]))
+        ]
+    return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
+
+
+def _triton_backward(grad_pre, indices, x, d_sae):
+    from ..kernels.latent_sums import latent_sums
+
+    return latent_sums(indices, grad_pre, x, d_sae, with_totals=True)
+
+
+_lib.impl("topk_encode_triton_backward", _triton_backward, "CompositeExplicitAutograd")
+_lib.impl("topk_encode_triton", _triton_forward, "CompositeExplicitAutograd")
+
+
 class _TopKEncode(torch.autograd.Function):
     @staticmethod
     def forward(x, W_enc, b_enc, k, activation, latent_mask, backend):
         if backend == "reference":
             with _autocast.switched_off(x.device):
                 return reference.topk_encode(x, W_enc, b_enc, k, activation, latent_mask)
-        return _forward(x, W_enc, b_enc, k, ACTIVATIONS.index(activation), latent_mask)
+        return _forward[backend](x, W_enc, b_enc, k, ACTIVATIONS.index(activation), latent_mask)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -114,7 +148,7 @@ class _TopKEncode(torch.autograd.Function):
         if need_x:
             dx = decode_with(ctx.backend, grad_pre, indices, W_enc, None)
         if need_W or need_b:
-            weight_grads = _reference_weight_grads if ctx.backend == "reference" else _backward
+            weight_grads = _reference_weight_grads if ctx.backend == "reference" else _backward[ctx.backend]
             dW, db = weight_grads(grad_pre, indices, x, W_enc.shape[0])
         return dx, dW if need_W else None, db if need_b else None, None, None, None, None
 

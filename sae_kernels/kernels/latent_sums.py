@@ -1,0 +1,112 @@
+"""Weight gradients per latent in Triton: entries sorted by latent, summed in one fixed order, no atomics.
+
+sums[f] = sum over the entries (n, j) with indices[n, j] = f of weights[n, j] rows[n]. A latent's entries stand in the order
+of their rows and are summed in chunks of fixed length, so a latent that fires on every row occupies many programs; the
+chunks of one latent are added in order afterwards.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import tuning
+from .sparse_decode import accumulator
+
+
+@triton.jit(do_not_specialize=["chunk"])
+def sum_chunks(
+    rows_of, weights, order, starts, first_chunk, chunks, first_slot, latent_of, sums, totals, slots, slot_totals,
+    chunk, d_sae, k, d, ACC: tl.constexpr, HAS_TOTALS: tl.constexpr, ENTRIES: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """One chunk of one latent, one slice of columns: to `sums` where it is the latent's only chunk, else to its slot."""
+    number = tl.program_id(0)
+    latent = tl.load(latent_of + number)
+    if latent < d_sae:
+        place = number - tl.load(first_chunk + latent)
+        begin = tl.load(starts + latent) + place * chunk
+        end = tl.minimum(begin + chunk, tl.load(starts + latent + 1))
+        column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+        inside = column < d
+        part = tl.zeros((ENTRIES, BLOCK_D), ACC)
+        weight_part = tl.zeros((ENTRIES,), ACC)
+        for at in range(begin, end, ENTRIES):
+            entry = at + tl.arange(0, ENTRIES)
+            on = entry < end
+            position = tl.load(order + entry, mask=on, other=0)
+            weight = tl.load(weights + position, mask=on, other=0.0).to(ACC)
+            here = on[:, None] & inside[None, :]
+            row = tl.load(rows_of + (position // k)[:, None] * d + column[None, :], mask=here, other=0.0).to(ACC)
+            part += weight[:, None] * row
+            weight_part += weight
+        total, weight_total = tl.sum(part, 0), tl.sum(weight_part, 0)
+        if tl.load(chunks + latent) > 1:
+            slot = tl.load(first_slot + latent) + place
+            tl.store(slots + slot * d + column, total, mask=inside)
+            if HAS_TOTALS:
+                if tl.program_id(1) == 0:
+                    tl.store(slot_totals + slot, weight_total)
+        else:
+            tl.store(sums + latent * d + column, total.to(sums.dtype.element_ty), mask=inside)
+            if HAS_TOTALS:
+                if tl.program_id(1) == 0:
+                    tl.store(totals + latent, weight_total.to(totals.dtype.element_ty))
+
+
+@triton.jit
+def join_chunks(
+    chunks, first_slot, sums, totals, slots, slot_totals, d,
+    ACC: tl.constexpr, HAS_TOTALS: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Adds the slots of every latent that has more than one chunk, in order."""
+    latent = tl.program_id(0).to(tl.int64)
+    count = tl.load(chunks + latent)
+    if count > 1:
+        column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+        inside = column < d
+        first = tl.load(first_slot + latent)
+        total = tl.zeros((BLOCK_D,), ACC)
+        weight_total = tl.sum(tl.zeros((1,), ACC), 0)
+        for slot in range(first, first + count):
+            total += tl.load(slots + slot * d + column, mask=inside, other=0.0)
+            if HAS_TOTALS:
+                weight_total += tl.load(slot_totals + slot)
+        tl.store(sums + latent * d + column, total.to(sums.dtype.element_ty), mask=inside)
+        if HAS_TOTALS:
+            if tl.program_id(1) == 0:
+                tl.store(totals + latent, weight_total.to(totals.dtype.element_ty))
+
+
+def latent_sums(
+    indices: Tensor, weights: Tensor, rows: Tensor, d_sae: int, with_totals: bool = False, chunk: int | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """indices, weights [N, k], rows [N, d] -> sums [d_sae, d] and, where asked, sums of the weights [d_sae].
+
+    Entries whose index is out of range are left out. chunk: entries summed by one program; None lets the workspace decide.
+    """
+    entries, d = indices.numel(), rows.shape[1]
+    sums = rows.new_zeros(d_sae, d) if entries * d == 0 else rows.new_empty(d_sae, d)
+    totals = rows.new_zeros(d_sae) if with_totals else None
+    if entries * d == 0:
+        return sums, totals
+    chunk = chunk or tuning.chunk_length(entries, d, rows.element_size())
+    plan = tuning.sums_plan(d, rows.element_size())
+    ranked, order = indices.reshape(-1).sort(stable=True)
+    starts = torch.searchsorted(ranked, torch.arange(d_sae + 1, dtype=ranked.dtype, device=ranked.device))
+    chunks = ((starts.diff() + (chunk - 1)) // chunk).clamp(min=1)  # every latent has one: it writes the zeros
+    ends = chunks.cumsum(0)
+    split = torch.where(chunks > 1, chunks, 0)
+    most = d_sae + entries // chunk  # known without asking the device; programs beyond the real number leave at once
+    latent_of = torch.searchsorted(ends, torch.arange(most, device=ends.device), right=True)
+    wide = torch.float64 if rows.dtype == torch.float64 else torch.float32
+    slots = rows.new_empty(2 * entries // chunk, d, dtype=wide)
+    slot_totals = rows.new_empty(2 * entries // chunk, dtype=wide)
+    slices = triton.cdiv(d, plan.BLOCK_D)
+    options = {"ACC": accumulator(rows.dtype), "HAS_TOTALS": with_totals, "BLOCK_D": plan.BLOCK_D, "num_warps": plan.warps}
+    outputs = (sums, totals, slots, slot_totals)
+    sum_chunks[(most, slices)](
+        rows.contiguous(), weights.contiguous(), order, starts, ends - chunks, chunks, split.cumsum(0) - split, latent_of,
+        *outputs, chunk, d_sae, indices.shape[1], d, ENTRIES=plan.ENTRIES, **options,
+    )  # fmt: skip
+    join_chunks[(d_sae, slices)](chunks, split.cumsum(0) - split, *outputs, d, **options)
+    return sums, totals

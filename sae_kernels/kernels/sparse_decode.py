@@ -1,0 +1,87 @@
+"""sparse_decode in Triton: rows of W_dec gathered and summed in float32, never a code of size rows x d_sae."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import tuning
+
+
+@triton.jit(do_not_specialize=["rows"])
+def decode(
+    values, indices, W, bias, out, rows, k, d_sae, d_out,
+    HAS_BIAS: tl.constexpr, ACC: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, UNROLL: tl.constexpr,
+):  # fmt: skip
+    """out [rows, d_out] = sum_j values[:, j] W[indices[:, j]] + bias, j in order; an index out of range makes its row NaN.
+
+    Row tiles run fastest, so at any time the programs read one slice of BLOCK_D columns of W, which stays in L2.
+    """
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    live, inside = row < rows, column < d_out
+    total = tl.zeros((ROWS, BLOCK_D), ACC)
+    for start in range(0, k, UNROLL):
+        for step in tl.static_range(UNROLL):
+            at = start + step + tl.zeros_like(row)
+            on = live & (at < k)
+            latent = tl.load(indices + row * k + at, mask=on, other=0).to(tl.int64)
+            value = tl.load(values + row * k + at, mask=on, other=0.0).to(ACC)
+            valid = (latent >= 0) & (latent < d_sae)
+            here = (on & valid)[:, None] & inside[None, :]
+            weight = tl.load(W + latent[:, None] * d_out + column[None, :], mask=here, other=0.0).to(ACC)
+            total += tl.where(valid, value, float("nan"))[:, None] * weight
+    if HAS_BIAS:
+        total += tl.load(bias + column, mask=inside, other=0.0).to(ACC)[None, :]
+    tl.store(out + row[:, None] * d_out + column[None, :], total.to(out.dtype.element_ty), mask=live[:, None] & inside[None, :])
+
+
+@triton.jit
+def dot_rows(
+    grad, indices, W, out, k, d_sae, d_out, ACC: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    """out [rows, k] = <grad[row], W[indices[row, j]]>, one program per row and BLOCK_K entries; NaN where out of range."""
+    row = tl.program_id(0).to(tl.int64)
+    slot = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
+    latent = tl.load(indices + row * k + slot, mask=slot < k, other=0).to(tl.int64)
+    valid = (latent >= 0) & (latent < d_sae)
+    total = tl.zeros((BLOCK_K, BLOCK_D), ACC)
+    for start in range(0, d_out, BLOCK_D):
+        column = start + tl.arange(0, BLOCK_D)
+        inside = column < d_out
+        g = tl.load(grad + row * d_out + column, mask=inside, other=0.0).to(ACC)
+        here = (valid & (slot < k))[:, None] & inside[None, :]
+        weight = tl.load(W + latent[:, None] * d_out + column[None, :], mask=here, other=0.0).to(ACC)
+        total += weight * g[None, :]
+    dot = tl.where(valid, tl.sum(total, 1), float("nan"))
+    tl.store(out + row * k + slot, dot.to(out.dtype.element_ty), mask=slot < k)
+
+
+def accumulator(dtype: torch.dtype):
+    return tl.float64 if dtype == torch.float64 else tl.float32
+
+
+def sparse_decode(values: Tensor, indices: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
+    """values, indices [N, k], W [d_sae, d_out], b [d_out] -> [N, d_out] in W's dtype."""
+    out = W.new_empty(values.shape[0], W.shape[1])
+    if out.numel() > 0:
+        plan = tuning.decode_plan(W.shape[1], W.element_size())
+        decode[(triton.cdiv(out.shape[0], plan.ROWS), triton.cdiv(out.shape[1], plan.BLOCK_D))](
+            values.contiguous(), indices.contiguous(), W.contiguous(), None if b is None else b.contiguous(), out,
+            *values.shape, *W.shape, HAS_BIAS=b is not None, ACC=accumulator(W.dtype),
+            ROWS=plan.ROWS, BLOCK_D=plan.BLOCK_D, UNROLL=plan.UNROLL, num_warps=plan.warps,
+        )  # fmt: skip
+    return out
+
+
+def grad_values(grad: Tensor, indices: Tensor, W: Tensor) -> Tensor:
+    """grad [N, d_out], indices [N, k], W [d_sae, d_out] -> [N, k] in grad's dtype."""
+    out = grad.new_empty(indices.shape)
+    if out.numel() > 0:
+        k = indices.shape[1]
+        plan = tuning.dot_plan(k, W.shape[1], W.element_size())
+        dot_rows[(indices.shape[0], triton.cdiv(k, plan.BLOCK_K))](
+            grad.contiguous(), indices.contiguous(), W.contiguous(), out, k, *W.shape,
+            ACC=accumulator(W.dtype), BLOCK_K=plan.BLOCK_K, BLOCK_D=plan.BLOCK_D, num_warps=plan.warps,
+        )  # fmt: skip
+    return out
