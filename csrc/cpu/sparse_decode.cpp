@@ -14,7 +14,7 @@ template <class T> struct DecodeArgs {
 namespace SK_ISA {
 namespace {
 
-constexpr int kAhead = 4;
+constexpr int kAhead = 8;
 
 // out[c0 .. c0 + Block * L) of one row
 template <int Block, class T>
@@ -23,13 +23,15 @@ inline void decode_columns(const DecodeArgs<T>& args, int64_t row, int64_t c0) {
   constexpr int L = kLanes<A>;
   const T* values = args.values + row * args.k;
   const int32_t* indices = args.indices + row * args.k;
+  // where one pass does the whole row, what comes ahead is in the next rows too
+  const int64_t ahead_end = Block * L >= args.d_out ? (args.rows - row) * args.k : args.k;
   Vec<A> acc[Block];
 #pragma GCC unroll 16
   for (int b = 0; b < Block; ++b) acc[b] = args.bias ? load(args.bias + c0 + b * L) : Vec<A>{};
   for (int64_t j = 0; j < args.k; ++j) {
     const A value = to_acc(values[j]);
     const T* w = args.W + indices[j] * args.d_out + c0;
-    if (j + kAhead < args.k) prefetch_row(args.W + indices[j + kAhead] * args.d_out + c0, Block * L);
+    if (j + kAhead < ahead_end) prefetch_row(args.W + indices[j + kAhead] * args.d_out + c0, Block * L);
 #pragma GCC unroll 16
     for (int b = 0; b < Block; ++b) acc[b] += value * load(w + b * L);
   }
@@ -73,15 +75,16 @@ template <class F> void over_rows(int64_t rows, int64_t k, int64_t d, const F& f
 
 }  // namespace
 
+// negative ones are the largest of all once unsigned
 bool indices_in_range(const int64_t* indices, int64_t n, int64_t d_sae) {
-  bool bad = false;
-  for (int64_t i = 0; i < n; ++i) bad |= static_cast<uint64_t>(indices[i]) >= static_cast<uint64_t>(d_sae);
-  return !bad;
+  uint64_t worst = 0;
+  for (int64_t i = 0; i < n; ++i) worst = std::max(worst, static_cast<uint64_t>(indices[i]));
+  return n == 0 || worst < static_cast<uint64_t>(d_sae);
 }
 bool indices_in_range(const int32_t* indices, int64_t n, int64_t d_sae) {
-  bool bad = false;
-  for (int64_t i = 0; i < n; ++i) bad |= static_cast<uint32_t>(indices[i]) >= static_cast<uint64_t>(d_sae);
-  return !bad;
+  uint32_t worst = 0;
+  for (int64_t i = 0; i < n; ++i) worst = std::max(worst, static_cast<uint32_t>(indices[i]));
+  return n == 0 || worst < static_cast<uint64_t>(d_sae);
 }
 
 template <class T> void decode(const DecodeArgs<T>& args) {
