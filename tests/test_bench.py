@@ -19,7 +19,7 @@ from sae_kernels.bench.cases import flops, least_bytes, result_bytes
 from sae_kernels.bench.cell import prepare
 from sae_kernels.bench.measure import Ceilings
 from sae_kernels.bench.providers import Built, Provider
-from sae_kernels.bench.worker import Worker, WorkerDied
+from sae_kernels.bench.worker import Team, Worker, WorkerDied
 from sae_kernels.bench.workload import Workload
 from sae_kernels.cli import main
 
@@ -271,12 +271,42 @@ def test_run_writes_rows_with_every_column(tmp_path):
     assert any("topk_encode forward, 96 x 24 x 160, k 5" in text for text in said)
 
 
-def test_a_peer_that_is_missing_is_a_row(monkeypatch):
-    gone = replace(PROVIDERS["sae_lens"], package="no_such_library")
-    monkeypatch.setitem(PROVIDERS, "sae_lens", gone)
+def test_a_peer_that_cannot_be_imported_is_a_row(tmp_path, monkeypatch):
+    (tmp_path / "sae_lens.py").write_text("raise ImportError('needs a newer torch')\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     rows = run(["module"], [TINY], ["sae_kernels", "sae_lens"], seconds_per_cell=0.01, memory=False, say=lambda _: None)
     assert [r.p50_ms is None for r in rows if r.provider == "sae_lens"] == [True, True]
-    assert all("not importable" in r.status for r in rows if r.provider == "sae_lens")
+    assert all("not importable: needs a newer torch" in r.status for r in rows if r.provider == "sae_lens")
+
+
+def test_a_peer_that_crashes_its_process_is_a_row_and_the_rest_goes_on(tmp_path, monkeypatch):
+    (tmp_path / "sae_lens.py").write_text("import os\nos._exit(3)\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    rows = run(["module"], [TINY], ["sae_lens", "sae_kernels"], seconds_per_cell=0.01, memory=False, say=lambda _: None)
+    assert all("ended with code 3" in r.status and r.p50_ms is None for r in rows if r.provider == "sae_lens")
+    assert [r.status for r in rows if r.provider == "sae_kernels"] == ["ok", "ok"]
+
+
+def test_a_call_that_fails_in_a_later_round_is_a_row(monkeypatch):
+    def build(op, mode, w):
+        times = iter(range(4))
+        call = PROVIDERS["torch"].build(op, mode, w).call
+        return Built(Call(lambda: (next(times), call.run())[1], call.read))
+
+    monkeypatch.setitem(PROVIDERS, "tired", Provider("tired", build))
+    slow = Case("slow", 4096, 64, 2048, 8)
+    rows = run(["encode"], [slow], ["tired", "sae_kernels"], seconds_per_cell=0.01, say=lambda _: None)
+    assert [(r.provider, r.status.split(":")[0], r.p50_ms is None) for r in rows if r.mode == "forward"] == [
+        ("tired", "crashed", True), ("sae_kernels", "ok", False),
+    ]  # fmt: skip
+
+
+def test_a_team_starts_a_dead_worker_again():
+    with Team() as team:
+        assert team.ask("a", do="free")["status"] == "ok"
+        os.kill(team._workers["a"]._process.pid, signal.SIGKILL)
+        assert team.ask("a", do="free")["status"] == "OOM"
+        assert team.ask("a", do="free")["status"] == "ok"
 
 
 def test_ctrl_c_keeps_the_rows(tmp_path, monkeypatch):

@@ -99,8 +99,8 @@ def synchronize(device: str) -> None:
 
 
 def interleaved(
-    timers: dict[str, Callable[[], float]], budget: float, least: int = 5, most: int = 40
-) -> Iterator[tuple[str, float]]:
+    timers: dict[Any, Callable[[], Any]], budget: float, least: int = 5, most: int = 40
+) -> Iterator[tuple[Any, Any]]:
     """Yields (name, seconds), one of each per round, in an order that rotates; stops after `budget` seconds or `most` rounds,
     never before `least` rounds."""
     names = list(timers)

@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from .cases import ALIASES, CASES, OPS, Case, flops, least_bytes
 from .cell import Prepared, prepare, reason
 from .measure import Ceilings, Row
 from .providers import PROVIDERS, Provider, ours_backend
-from .worker import Worker, WorkerDied
+from .worker import Team, Worker, WorkerDied
 from .workload import Workload
 
 FULL_OUT, QUICK_OUT = Path("benchmarks/results"), Path("runs/bench")
@@ -61,7 +62,8 @@ def run(
         limits = measure.ceilings({case.dtype for _, _, case in plan}, device)
         for dtype, limit in sorted(limits.items()):
             say(f"  {dtype}: copy {limit.copy / 1e9:.1f} GB/s, product {limit.product / 1e9:.0f} GFLOP/s")
-        run_cell = _Cells(chosen, device, limits, facts, budget, 5 if full else 3, memory, full, checkout)
+        team = stack.enter_context(Team())
+        run_cell = _Cells(chosen, device, limits, facts, budget, 5 if full else 3, memory, full, checkout, team)
         try:
             for op, mode, case in plan:
                 found = run_cell(op, mode, case)
@@ -132,12 +134,32 @@ def _providers(names: Iterable[str] | None, full: bool) -> list[Provider]:
     return [p for p in PROVIDERS.values() if (full or p.quick) and p.key != same]
 
 
+_Timer = Callable[[int], float]  # number of calls -> seconds of one
+
+
+class _Failed(Exception):
+    """A call in another process failed; the text is its status."""
+
+
+def _asking(ask: Callable[..., dict]) -> _Timer:
+    """Times in another process."""
+
+    def timed(calls: int) -> float:
+        reply = ask(do="time", calls=calls)
+        if reply["status"] != measure.OK:
+            raise _Failed(reply["status"])
+        return reply["seconds"]
+
+    return timed
+
+
 class _Cells:
     """Measures one (op, mode, case) with every provider."""
 
-    def __init__(self, providers, device, limits, facts, budget, rounds, memory, full, checkout) -> None:
+    def __init__(self, providers, device, limits, facts, budget, rounds, memory, full, checkout, team) -> None:
         self.providers, self.device, self.limits, self.facts = providers, device, limits, facts
-        self.budget, self.rounds, self.memory, self.full, self.checkout = budget, rounds, memory, full, checkout
+        self.budget, self.rounds, self.memory, self.full = budget, rounds, memory, full
+        self.checkout, self.team = checkout, team
 
     def __call__(self, op: str, mode: str, case: Case) -> list[Row]:
         if op in COLD_OPS:
@@ -146,25 +168,23 @@ class _Cells:
         workload = Workload(case, self.device)
         rows: list[Row] = []
         with contextlib.ExitStack() as stack:
-            timed: dict[int, Callable[[int], float]] = {}
-            for provider in self.providers:
+            timed: dict[int, _Timer] = {}
+            for provider in self._compared(case):
                 row = self._row(op, mode, case, provider)
                 rows.append(row)
                 if impossible:
                     row.status = impossible
-                    continue
-                if not self._measure_memory(row, provider, op, mode, case):
-                    continue
-                prepared = prepare(provider, op, mode, case, self.device, w=workload)
-                row.status, row.backend = prepared.status, prepared.backend
-                if prepared.run is not None:
-                    timed[len(rows) - 1] = self._local(prepared)
+                elif self._measure_memory(row, provider, op, mode, case):
+                    call = self._prepare(row, provider, op, mode, case, workload)
+                    if call is not None:
+                        timed[len(rows) - 1] = call
             if self.checkout is not None and not impossible:
                 rows.append(self._row(op, mode, case, PROVIDERS["sae_kernels"]))
                 remote = self._base(stack, rows[-1], op, mode, case)
                 if remote is not None:
                     timed[len(rows) - 1] = remote
             self._time(rows, timed, case)
+        self.team.rest()
         return [row for row in rows if self._tells(row)]
 
     def _impossible(self, op: str, mode: str, case: Case) -> str | None:
@@ -186,14 +206,30 @@ class _Cells:
         facts = {name: self.facts[name] for name in ("device", "torch", "triton", "commit")}
         return Row(op, mode, provider.name, backend, *case.size, **facts)
 
-    def _local(self, prepared: Prepared) -> Callable[[int], float]:
+    def _compared(self, case: Case) -> list[Provider]:
+        """Our forced backends are measured where the quick table is, and where they were asked for."""
+        if not self.full or case.quick:
+            return self.providers
+        return [p for p in self.providers if p.name != "sae_kernels" or p.backend == "auto"]
+
+    def _prepare(self, row: Row, provider: Provider, op: str, mode: str, case: Case, w: Workload) -> _Timer | None:
+        """Ours and torch in this process; each peer in its own, as some change torch for everybody when imported."""
+        if provider.package is not None and self.device == "cpu":
+            reply = self.team.ask(provider.key, do="build", op=op, mode=mode, case=asdict(case), provider=provider.key)
+            row.status, row.backend = reply["status"], reply.get("backend", row.backend)
+            return _asking(partial(self.team.ask, provider.key)) if row.status == measure.OK else None
+        prepared = prepare(provider, op, mode, case, self.device, w=w)
+        row.status, row.backend = prepared.status, prepared.backend
+        return self._local(prepared) if prepared.run is not None else None
+
+    def _local(self, prepared: Prepared) -> _Timer:
         def timed(calls: int) -> float:
             with measure.memory_guard():
                 return measure.seconds(prepared.run, calls, self.device)
 
         return timed
 
-    def _base(self, stack, row: Row, op: str, mode: str, case: Case) -> Callable[[int], float] | None:
+    def _base(self, stack, row: Row, op: str, mode: str, case: Case) -> _Timer | None:
         row.provider, row.commit = "sae_kernels_base", self.checkout.commit
         worker = stack.enter_context(Worker(self.checkout.folder, torch.get_num_threads()))
         try:
@@ -202,39 +238,45 @@ class _Cells:
             row.status = str(error)
             return None
         row.status, row.backend = reply["status"], reply["backend"]
-        return (lambda calls: worker.ask(do="time", calls=calls)["seconds"]) if row.status == measure.OK else None
+        return _asking(worker.ask) if row.status == measure.OK else None
 
     def _measure_memory(self, row: Row, provider: Provider, op: str, mode: str, case: Case) -> bool:
-        """In a process of its own; False where the call cannot be made in this machine's memory."""
+        """In another process; False where the call cannot be made in this machine's memory."""
         wanted = self.memory and op != "activation_stats" and provider.backend != "inductor"
         if not wanted or not (self.full or (op == "module" and mode == "step" and provider.key in MEMORY_IN_QUICK)):
             return True
-        try:
-            with Worker(threads=torch.get_num_threads()) as worker:
-                reply = worker.ask(do="memory", op=op, mode=mode, case=asdict(case), provider=provider.key)
-        except WorkerDied as error:
-            row.status = str(error)
-            return False
-        row.extra_bytes, row.status = reply["bytes"], reply["status"]
+        name = provider.key if provider.package is not None else "memory"
+        reply = self.team.ask(name, do="memory", op=op, mode=mode, case=asdict(case), provider=provider.key)
+        self.team.ask(name, do="free")
+        row.extra_bytes, row.status = reply.get("bytes"), reply["status"]
         return reply["status"] == measure.OK
 
-    def _time(self, rows: list[Row], timed: dict[int, Callable[[int], float]], case: Case) -> None:
+    def _time(self, rows: list[Row], timed: dict[int, _Timer], case: Case) -> None:
         samples: dict[int, list[float]] = {}
         calls: dict[int, int] = {}
-        for number in list(timed):
+
+        def once(number: int) -> float | None:
+            """Seconds of a call; None, and the reason in the row, where it fails: the others go on."""
+            if rows[number].status != measure.OK:
+                return None
             try:
-                once = min(timed[number](1), timed[number](1))
+                return timed[number](calls.get(number, 1))
             except Exception as error:
-                rows[number].status = str(error) if isinstance(error, WorkerDied) else reason(error)
-                del timed[number]
-                continue
-            calls[number] = max(1, min(1000, int(2e-3 / max(once, 1e-9))))
-            samples[number] = []
-        timers = {number: (lambda n=number: timed[n](calls[n])) for number in timed}
+                failed = isinstance(error, (_Failed, WorkerDied))
+                rows[number].status = str(error) if failed else reason(error)
+                return None
+
+        for number in timed:
+            first = [once(number), once(number)]
+            if None not in first:
+                calls[number], samples[number] = max(1, min(1000, int(2e-3 / max(min(first), 1e-9)))), []
+        timers = {number: (lambda n=number: once(n)) for number in samples}
         for number, seconds in measure.interleaved(timers, self.budget, self.rounds):
-            samples[number].append(seconds)
+            if seconds is not None:
+                samples[number].append(seconds)
         for number, found in samples.items():
-            measure.fill(rows[number], found, case, self.limits[case.dtype])
+            if rows[number].status == measure.OK:
+                measure.fill(rows[number], found, case, self.limits[case.dtype])
 
     def _cold(self, op: str, mode: str, case: Case) -> list[Row]:
         """Import and first call, each time in a fresh process; torch itself is imported before the clock starts."""

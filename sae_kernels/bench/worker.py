@@ -1,4 +1,5 @@
-"""A process of its own for one provider at a time: fresh memory, a crash that stops nothing, another commit's library.
+"""A process of its own for a provider: an allocator that hides no peak, a crash that stops nothing, a library that changes
+torch for itself alone, another commit's kernels.
 
 Requests and replies are JSON lines on stdin and stdout. SAE_BENCH_LIBRARY names the folder whose sae_kernels is measured;
 this suite itself is loaded under another name, so that it may be newer than that library.
@@ -30,6 +31,37 @@ class WorkerDied(Exception):
     def __init__(self, code: int | None) -> None:
         self.killed = code == -9
         super().__init__("OOM" if self.killed else f"crashed: the process ended with code {code}")
+
+
+class Team:
+    """Workers by name, started when first asked and started again after one has died."""
+
+    def __init__(self) -> None:
+        self._workers: dict[str, Worker] = {}
+
+    def ask(self, name: str, **request: Any) -> dict[str, Any]:
+        """The reply; where the worker dies, its reason as the status. Building and measuring need status "ok" to go on."""
+        import torch
+
+        if name not in self._workers:
+            self._workers[name] = Worker(threads=torch.get_num_threads())
+        try:
+            return self._workers[name].ask(**request)
+        except WorkerDied as error:
+            self._workers.pop(name).close()
+            return {"status": str(error)}
+
+    def rest(self) -> None:
+        """Frees what the last call left behind."""
+        for name in list(self._workers):
+            self.ask(name, do="free")
+
+    def __enter__(self) -> "Team":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for worker in self._workers.values():
+            worker.close()
 
 
 class Worker:
@@ -112,11 +144,24 @@ class _Served:
         self._run = prepared.run
         return {"status": prepared.status, "backend": prepared.backend}
 
-    def time(self, calls: int) -> dict[str, float]:
-        return {"seconds": _suite("measure").seconds(self._run, calls)}
+    def free(self) -> dict[str, Any]:
+        self._run = None
+        return {"status": "ok"}
+
+    def time(self, calls: int) -> dict[str, Any]:
+        try:
+            with _suite("measure").memory_guard():
+                return {"status": "ok", "seconds": _suite("measure").seconds(self._run, calls)}
+        except Exception as error:
+            return {"status": _suite("cell").reason(error)}
 
     def memory(self, op: str, mode: str, case: dict[str, Any], provider: str) -> dict[str, Any]:
         """Peak extra bytes of one call; a call on a few rows comes first, so that libraries have loaded their code."""
+        import torch
+
+        if "SAE_BENCH_THREADS" in os.environ:
+            torch.set_num_threads(int(os.environ["SAE_BENCH_THREADS"]))
+        self._run = None
         cell, cases, measure = _suite("cell"), _suite("cases"), _suite("measure")
         case["ops"] = tuple(case["ops"])
         full = cases.Case(**case)
