@@ -80,26 +80,39 @@ def test_import_needs_torch_alone():
 
 
 STEP = """
-import resource, sys, torch, sae_kernels as sk
+import resource, torch, sae_kernels as sk
 rows, d_in, d_sae, k = 65536, 256, 16384, 32
 torch.manual_seed(0)
-x, grad = torch.randn(rows, d_in), torch.randn(rows, d_in)
+x = torch.randn(rows, d_in)
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+{step}
+step(x[:64])  # the gradients stand from here on
+before = peak()
+kept = step(x)
+print(peak() - before - sum(t.numel() * t.element_size() for t in kept) / 2**20)
+"""
+OPS = """
 W_enc, W_dec = (torch.randn(d_sae, d_in).mul_(d_in**-0.5).requires_grad_() for _ in range(2))
 b_enc, b_dec = torch.zeros(d_sae, requires_grad=True), torch.zeros(d_in, requires_grad=True)
-small = sk.topk_encode(x[:64], W_enc, b_enc, k)
-sk.sparse_decode(*small, W_dec, b_dec).sum().backward()
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-values, indices = sk.topk_encode(x, W_enc, b_enc, k)
-y = sk.sparse_decode(values, indices, W_dec, b_dec)
-y.backward(grad)
-after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-kept = sum(t.numel() * t.element_size() for t in (values, indices, y))
-print((after - before) / 1024 - kept / 2**20)
+grad = torch.randn(rows, d_in)
+def step(x):
+    values, indices = sk.topk_encode(x, W_enc, b_enc, k)
+    y = sk.sparse_decode(values, indices, W_dec, b_dec)
+    y.backward(grad[: len(x)])
+    return values, indices, y
+"""
+MODULE = """
+sae = sk.TopKSAE(d_in, d_sae, k)
+def step(x):
+    out = sae.loss(x)
+    out.loss.backward()
+    return out.code.values, out.code.indices
 """
 
 
-def test_memory_of_a_training_step():
-    """rows x d_sae would be 4 GiB. Gradients stand since the warm-up; beyond outputs at most 64 MiB may come."""
-    out, err = python(STEP, MALLOC_MMAP_THRESHOLD_="65536")
+@pytest.mark.parametrize("step", [OPS, MODULE], ids=["ops", "module"])
+def test_memory_of_a_training_step(step):
+    """rows x d_sae would be 4 GiB. Beyond inputs, gradients and outputs at most 64 MiB may come."""
+    out, err = python(STEP.format(step=step), MALLOC_MMAP_THRESHOLD_="65536")
     assert not err
     assert float(out) < 64
