@@ -29,7 +29,7 @@ from ..train.sources import as_source
 
 K = 20  # the length of a recommendation list
 ROWS = 1024  # rows of one SAE step
-KEEP = (0.05, 1.0)  # the share of a history that a random sub-history keeps
+KEEP = (0.2, 1.0)  # the share of a history that a random sub-history keeps
 COUNTED = 64  # batches on which it is counted how often each latent fires
 POSITIONS = 60_000  # positions of sequences on which latents are compared with concepts
 
