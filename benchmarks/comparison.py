@@ -1,7 +1,5 @@
 """What the pytest-benchmark files share: one (op, mode) timed over the registry's quick cases and providers."""
 
-from collections.abc import Iterator
-
 import pytest
 
 from sae_kernels.bench.cases import CASES
@@ -9,11 +7,9 @@ from sae_kernels.bench.cell import prepare
 from sae_kernels.bench.providers import PROVIDERS
 
 
-def parameters(op: str) -> Iterator:
-    for case in CASES.values():
-        if case.quick and op in case.ops:
-            for key in PROVIDERS:
-                yield pytest.param(case.name, key, id=f"{case.name}-{key}", marks=pytest.mark.benchmark(group=f"{op} {case.name}"))
+def parameters(op: str) -> list:
+    names = [case.name for case in CASES.values() if case.quick and op in case.ops]
+    return [pytest.param(name, key, id=f"{name}-{key}") for name in names for key in PROVIDERS]
 
 
 def compare(benchmark, op: str, mode: str, case_name: str, key: str) -> None:

@@ -24,6 +24,7 @@ from .workload import Workload
 FULL_OUT, QUICK_OUT = Path("benchmarks/results"), Path("runs/bench")
 COLD_OPS = ("first_call", "import_time")
 NOT_QUICK = ("module", "forward")  # its two halves are in the quick table
+SETTLE = 0.01  # seconds after which idle OpenMP threads of one process no longer spin beside those of another
 LONGEST_CALL = 20.0  # seconds; a longer one is a row that says so
 MEMORY_IN_QUICK = ("sae_kernels", "torch")
 
@@ -148,7 +149,9 @@ def _asking(ask: Callable[..., dict]) -> _Timer:
     """Times in another process."""
 
     def timed(calls: int) -> float:
+        time.sleep(SETTLE)
         reply = ask(do="time", calls=calls)
+        time.sleep(SETTLE)
         if reply["status"] != measure.OK:
             raise _Failed(reply["status"])
         return reply["seconds"]
