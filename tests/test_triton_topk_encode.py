@@ -1,9 +1,11 @@
 """The Triton kernels of topk_encode against the fp64 oracle, on a GPU or in Triton's interpreter."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch.nn.functional import linear
-from triton_interpreter import DEVICE, INTERPRETED, need_a_place_to_run, sort_by_numpy
+from triton_interpreter import DEVICE, INTERPRETED, need_a_place_to_run, patch_interpreter
 
 need_a_place_to_run()
 
@@ -12,13 +14,14 @@ from test_topk_encode import EPS, adversarial, assert_is_topk, small_integers  #
 
 import sae_kernels as sk  # noqa: E402
 from sae_kernels.kernels import topk_encode as kernel  # noqa: E402
-from sae_kernels.kernels import tuning  # noqa: E402
+from sae_kernels.kernels import topk_encode_fused as fused  # noqa: E402
+from sae_kernels.kernels import topk_select, tuning  # noqa: E402
 from sae_kernels.ops import reference  # noqa: E402
 from sae_kernels.ops.topk_encode import ACTIVATIONS  # noqa: E402
 
 OWN_SORT = tl.sort
 if INTERPRETED:
-    sort_by_numpy()
+    patch_interpreter()
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -67,23 +70,33 @@ def test_chunks_of_rows_and_latents(small_chunks, activation):
         assert_same(got, reference.topk_encode(x, W, b, k, ACTIVATIONS[activation], latent_mask))
 
 
+@pytest.mark.parametrize("activation", range(3))
+def test_ties_index_for_index_fused(activation):
+    """Rows with many, few and no positive latents."""
+    for k, shift in ((1, 0), (33, 0), (33, 17), (33, 99)):
+        x, W, b = small_integers(5, 9, 1030, torch.float32, seed=k)
+        got = run(x, W, b - shift, k, activation, None, "fused")
+        assert_same(got, reference.topk_encode(x, W, b - shift, k, ACTIVATIONS[activation]))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_random(dtype):
     g = torch.Generator().manual_seed(3)
-    for d_in, d_sae, k in ((1, 40, 3), (37, 333, 32)):
+    for d_in, d_sae, k in ((1, 40, 3), (37, 333, 32), (70, 700, 5)):
         x, W, b = (torch.randn(*s, generator=g).to(dtype) for s in ((9, d_in), (d_sae, d_in), (d_sae,)))
-        for path in ("slab", "sort"):
+        for path in ("slab", "sort") if d_sae < 700 else ("fused",):
             for activation, name in enumerate(ACTIVATIONS):
                 assert_is_topk(*run(x, W, b, k, activation, None, path), x, W, b, k, name)
 
 
+@pytest.mark.parametrize("path", ["slab", "fused"])
 @pytest.mark.parametrize("kind", ["ascending by column", "descending by column", "clustered", "all negative", "constant"])
-def test_adversarial_orders(monkeypatch, kind):
+def test_adversarial_orders(monkeypatch, kind, path):
     monkeypatch.setattr(tuning, "slab_shape", lambda rows, d_sae: (rows, 1100))
     x, W, b = adversarial(kind)
-    x = x[:4]
+    x = (x[:4] * 64).round() / 64  # constant latents then tie exactly, whatever the order of a sum
     for k in (1, 32):
-        values, indices = run(x, W, b, k)
+        values, indices = run(x, W, b, k, path=path)
         assert_is_topk(values, indices, x, W, b, k)
         if kind in ("all negative", "constant"):
             assert torch.equal(indices, torch.arange(k, dtype=torch.int32).expand(4, k))
@@ -102,15 +115,45 @@ def test_rows_that_overflow_are_done_over_and_counted(monkeypatch, small_chunks,
 
 
 @pytest.mark.parametrize("activation", range(3))
+@pytest.mark.parametrize("change", [{"room": 1}, {"rows": 3}, {"GROWTH": 4, "first_step": 16}])
+def test_other_plans_of_the_fused_path(monkeypatch, change, activation):
+    """No room for the groups: rows are done over and counted. Rows in several chunks. Phases that quadruple."""
+    plan = dataclasses.replace(tuning.fused_plan(9, 1030, 5, 4), **change)
+    monkeypatch.setattr(tuning, "fused_plan", lambda *shape: plan)
+    x, W, b = small_integers(7, 9, 1030, torch.float32)
+    b = b + torch.arange(1030) % 97 / 8
+    values, indices = x.new_empty(7, 5, device=DEVICE), torch.empty(7, 5, dtype=torch.int32, device=DEVICE)
+    overflows = fused.topk_encode_fused(*on_device(x, W, b), 5, activation, values, indices)
+    assert int(overflows) >= 7 if "room" in change else int(overflows) <= 2
+    assert_same((values.cpu(), indices.cpu()), reference.topk_encode(x, W, b, 5, ACTIVATIONS[activation]))
+
+
+def test_the_path_by_the_shape():
+    cases = {
+        (256, 16384, 32, False): "fused", (512, 4096, 32, False): "fused", (513, 4096, 32, False): "slab",
+        (256, 16384, 32, True): "slab", (64, 400, 32, False): "slab", (256, 16384, 342, False): "sort",
+    }  # fmt: skip
+    assert {shape: kernel._pick(*shape) for shape in cases} == cases
+
+
+def test_workspace_of_the_fused_path():
+    for d_sae, k in ((4096, 32), (16384, 64), (65536, 341)):
+        plan = tuning.fused_plan(256, d_sae, k, 2)
+        assert plan.rows >= 128 and plan.rows * plan.room * 4 * (1 + 2**plan.LEVELS) <= tuning.GROUP_BYTES
+        assert plan.rows * 4 * max(plan.head, -(-d_sae // plan.first_step)) <= tuning.SLAB_BYTES
+        assert fused.phases(plan.first_step, plan.GROWTH)[-1] == 1 and plan.head >= 2 * k
+
+
+@pytest.mark.parametrize("activation", range(3))
 def test_nan_and_inf(activation):
-    x, W, b = small_integers(4, 9, 150, torch.float32)
+    x, W, b = small_integers(4, 9, 600, torch.float32)
     for fill in (torch.nan, torch.inf, -torch.inf):
         bias = b.clone()
         bias[::2] = fill
-        for k, path in ((5, "slab"), (80, "slab"), (80, "sort")):
+        for k, path in ((5, "slab"), (5, "fused"), (80, "sort")):
             assert_same(run(x, W, bias, k, activation, None, path), reference.topk_encode(x, W, bias, k, ACTIVATIONS[activation]))
     x[0, 0] = torch.nan
-    values, indices = run(x, W, b, 4, activation)
+    values, indices = run(x, W, b, 4, activation, path="fused")
     assert values[0].isnan().all() and indices[0].tolist() == [0, 1, 2, 3]
 
 
@@ -118,9 +161,9 @@ def test_no_competitor_and_minus_infinity():
     """A latent that may not compete stands behind one whose score is -inf."""
     x, W = torch.ones(2, 1), torch.full((6, 1), -torch.inf)
     mask = torch.tensor([False, False, True, False, True, False])
-    values, indices = run(x, W, None, 4, kernel.NONE, mask)
+    values, indices = run(x, W, None, 4, topk_select.NONE, mask)
     assert indices.tolist() == [[2, 4, 0, 1]] * 2 and values.tolist() == [[-torch.inf, -torch.inf, 0, 0]] * 2
-    values, indices = run(x, W, None, 3, kernel.RELU, torch.zeros(6, dtype=torch.bool))
+    values, indices = run(x, W, None, 3, topk_select.RELU, torch.zeros(6, dtype=torch.bool))
     assert indices.tolist() == [[0, 1, 2]] * 2 and not values.any()
 
 
@@ -211,5 +254,6 @@ def test_autocast_selects_on_full_precision():
 
 
 def test_the_number_of_rows_is_no_part_of_a_compile_key():
-    for f in (kernel.filter_slab, kernel.rescan_slab, kernel.rank, kernel.write_keys):
+    select = topk_select.filter_slab, topk_select.rescan_slab, topk_select.rank, topk_select.write_keys
+    for f in (*select, fused.filter_product):
         assert "rows" in (f.kwargs["do_not_specialize"] if INTERPRETED else f.do_not_specialize)

@@ -16,11 +16,12 @@ def need_a_place_to_run() -> None:
         pytest.skip("no GPU; test_triton_interpreted.py runs this file in the interpreter", allow_module_level=True)
 
 
-def sort_by_numpy() -> None:
-    """Sorts in the interpreter by NumPy: Triton's own network takes a hundred times as long there."""
+def patch_interpreter() -> None:
+    """Sorts by NumPy, as Triton's own network takes a hundred times as long there, and bfloat16 products of the numbers,
+    where the interpreter multiplies their bits."""
     import numpy as np
     import triton.language as tl
-    from triton.runtime.interpreter import TensorHandle
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
     def sort(x, dim=None, descending=False):
         ordered = np.sort(x.handle.data, axis=-1)
@@ -28,4 +29,14 @@ def sort_by_numpy() -> None:
             ordered = np.ascontiguousarray(ordered[..., ::-1])
         return tl.core.tensor(TensorHandle(ordered, x.dtype), x.type)
 
+    def wide(operand):
+        if operand.dtype.scalar != tl.bfloat16:
+            return operand
+        return TensorHandle((operand.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+
+    def create_dot(self, a, b, *rest):
+        return multiply(self, wide(a), wide(b), *rest)
+
+    multiply = InterpreterBuilder.create_dot
+    InterpreterBuilder.create_dot = create_dot
     tl.sort = sort

@@ -20,11 +20,11 @@ class SelectPlan:
 
 
 SELECT = {
-    64: SelectPlan(64, 8, 4, 1),
+    64: SelectPlan(64, 8, 4, 2),
     128: SelectPlan(128, 4, 4, 1),
     256: SelectPlan(256, 4, 4, 2),
     512: SelectPlan(512, 2, 4, 4),
-    1024: SelectPlan(1024, 1, 4, 4),
+    1024: SelectPlan(1024, 1, 4, 8),
 }
 
 
@@ -96,3 +96,57 @@ def chunk_length(entries: int, d: int, element_size: int) -> int:
     """Entries of one chunk: at least 256, more where the partial sums would pass SLOT_BYTES."""
     partial = 2 * entries * d * (8 if element_size == 8 else 4)
     return max(256, -(-partial // SLOT_BYTES))
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A tile of the fused product; groups of 2^LEVELS columns leave it."""
+
+    BLOCK_M: int
+    BLOCK_N: int
+    BLOCK_D: int
+    LEVELS: int
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True)
+class FusedPlan(Tile):
+    """head: latents that go through a slab first; first_step: the sample after them; room: groups per row and phase."""
+
+    GROWTH: int
+    TILES: int
+    AT_ONCE: int
+    head: int
+    first_step: int
+    room: int
+    rows: int
+
+
+TILE = {2: Tile(128, 128, 64, 3, 8, 3), 4: Tile(64, 128, 32, 3, 8, 3)}  # by element size
+GROWTH = 2
+AT_ONCE = 32
+TILES = 8
+RESCAN_D = 16
+GROUP_BYTES = 64 * 2**20
+LARGEST_FUSED_D_IN = 512
+
+
+def first_step(d_sae: int, k: int) -> int:
+    """Every how many-th latent the first sample takes: at least 8k of them, and 256; 1 where there are too few latents."""
+    step = 1
+    while d_sae // (step * GROWTH) >= max(8 * k, 256):
+        step *= GROWTH
+    return step
+
+
+def fused_plan(d_in: int, d_sae: int, k: int, element_size: int) -> FusedPlan:
+    """room: a phase brings about k (GROWTH - 1) new keys, and at most so many groups, of random data."""
+    step, tile = first_step(d_sae, k), TILE[element_size]
+    room = -(-(2 * k * (GROWTH - 1) + 24) // 8) * 8
+    head = -(-2 * k // 16) * 16
+    cells = SLAB_BYTES // 4 // max(head, d_sae // step + 1)
+    rows = min(cells, GROUP_BYTES // (room * 4 * (1 + 2**tile.LEVELS)))
+    return FusedPlan(
+        **vars(tile), GROWTH=GROWTH, TILES=TILES, AT_ONCE=AT_ONCE, head=head, first_step=step, room=room, rows=max(1, rows // 128 * 128)
+    )
