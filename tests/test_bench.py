@@ -1,7 +1,6 @@
 """The benchmark suite: its gate, its figures, its files."""
 
 import json
-import math
 import os
 import re
 import signal
@@ -11,9 +10,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import sae_kernels as sk
 import torch
-from sae_kernels.bench import CASES, OPS, PROVIDERS, Case, Row, measure, oracle, plots, report, run, scaling, table
+
+import sae_kernels as sk
+from sae_kernels.bench import CASES, OPS, PROVIDERS, Case, Row, measure, oracle, run, scaling, table
 from sae_kernels.bench.call import Call, Unsupported
 from sae_kernels.bench.cases import flops, least_bytes, result_bytes
 from sae_kernels.bench.cell import prepare
@@ -36,7 +36,9 @@ def small_ceilings(monkeypatch):
 
 
 def row(provider="sae_kernels", p50=1.0, **changes):
-    base = Row("topk_encode", "forward", provider, "cpu", 96, 24, 160, 5, "float32", 0.9 * p50, p50, 1.1 * p50, device="box")
+    base = Row(
+        "topk_encode", "forward", provider, "cpu", 96, 24, 160, 5, "float32", 0.9 * p50, p50, 1.1 * p50, device="box"
+    )
     return replace(base, **changes)
 
 
@@ -50,7 +52,9 @@ def test_right_results_pass_the_gate(key, op, mode, dtype):
     assert prepare(PROVIDERS[key], op, mode, replace(TINY, dtype=dtype)).status == "ok"
 
 
-@pytest.mark.parametrize(("op", "mode", "key"), [("topk_encode", "forward", "linear"), ("sparse_decode", "backward", "embedding_bag")])
+@pytest.mark.parametrize(
+    ("op", "mode", "key"), [("topk_encode", "forward", "linear"), ("sparse_decode", "backward", "embedding_bag")]
+)
 def test_floor_and_bag_pass_the_gate(op, mode, key):
     assert prepare(PROVIDERS[key], op, mode, TINY).status == "ok"
 
@@ -138,7 +142,9 @@ def test_whatever_a_provider_raises_is_a_row():
 def test_sample_rows_have_a_clear_last_place():
     small = Workload(TINY).sample(8)
     best = (small.x.double() @ small.W_enc.double().mT + small.b_enc.double()).relu().topk(TINY.k + 1).values
-    everything = (Workload(TINY).x.double() @ small.W_enc.double().mT + small.b_enc.double()).relu().topk(TINY.k + 1).values
+    everything = (
+        (Workload(TINY).x.double() @ small.W_enc.double().mT + small.b_enc.double()).relu().topk(TINY.k + 1).values
+    )
     assert small.case.rows == 8
     assert (best[:, -2] - best[:, -1]).min() > (everything[:, -2] - everything[:, -1]).median()
 
@@ -205,7 +211,8 @@ def test_peak_memory_counts_what_is_allocated_and_freed():
     code = (
         "import torch; from sae_kernels.bench import measure; from sae_kernels.bench.cases import Case\n"
         "case = Case('c', 1, 1, 1, 1)\n"
-        f"print([measure.peak_extra_bytes(run, 'none', 'none', case) / 2**20 for run in ({run_(1)}, {run_(64)}, {run_(8)})])"
+        f"runs = ({run_(1)}, {run_(64)}, {run_(8)})\n"
+        "print([measure.peak_extra_bytes(run, 'none', 'none', case) / 2**20 for run in runs])"
     )
     env = {**measure.worker_environment(), "PYTHONPATH": str(ROOT)}
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, check=True).stdout
@@ -342,7 +349,10 @@ def test_a_case_too_large_for_this_machine_is_a_row():
         ({"ops": ["encoder"]}, "op 'encoder' is unknown; choose from topk_encode"),
         ({"cases": ["large"]}, "case 'large' is unknown; choose from sequential"),
         ({"providers": ["jax"]}, "provider 'jax' is unknown; choose from sae_kernels"),
-        ({"ops": ["encode"], "cases": ["stream"]}, "none of the cases stream has op topk_encode; their ops: activation_stats"),
+        (
+            {"ops": ["encode"], "cases": ["stream"]},
+            "none of the cases stream has op topk_encode; their ops: activation_stats",
+        ),
         ({"device": "tpu"}, "device 'tpu' is not here; choose from cpu"),
     ],
 )
@@ -369,55 +379,15 @@ def test_base_revision_unknown_is_one_line():
         run(["encode"], [TINY], ["sae_kernels"], base="no-such-revision", say=lambda _: None)
 
 
-# files
-
-
-def test_a_comparison_measured_again_replaces_the_old_one_whole(tmp_path):
-    table.write([row(), row("torch", 2.0), row(k=7)], tmp_path)
-    table.write([row(p50=3.0)], tmp_path)
-    kept = table.read(tmp_path / "topk_encode.csv")
-    assert sorted((r.provider, r.k, r.p50_ms) for r in kept) == [("sae_kernels", 5, 3.0), ("sae_kernels", 7, 1.0)]
-
-
-def test_a_status_without_figures_survives_the_file(tmp_path):
-    lost = row("sae_lens", status='wrong: values, "all" off')
-    lost.p20_ms = lost.p50_ms = lost.p80_ms = None
-    table.write([lost], tmp_path)
-    (kept,) = table.read(tmp_path / "topk_encode.csv")
-    assert kept == lost
-
-
-def test_other_columns_raise(tmp_path):
-    (tmp_path / "x.csv").write_text("op,ms\n1,2\n")
-    with pytest.raises(ValueError, match="columns are"):
-        table.read(tmp_path / "x.csv")
-
-
-def test_losses_come_first_plain_torch_before_peers():
-    rows = [row(p50=2.0), row("sae_lens", 0.5), row("torch", 1.0), row("linear", 0.1), row("overcomplete", 3.0)]
-    rows.append(row(backend="reference", p50=0.2))
-    assert [other.provider for _, other in table.losses(rows)] == ["torch", "sae_lens"]
-    text = table.summary(rows)
-    assert text.startswith("losses:") and "2.00 times the time of torch" in text.splitlines()[1]
-    assert "none" in table.losses_text([row(), row("torch", 2.0)])
-
-
-def test_exponents_are_those_of_the_data():
-    found = [("rows", str(n), row(p50=0.01 * n**0.97, rows=n)) for n in (10, 100, 1000, 10000)]
-    ((axis, op, mode, provider, whole, large),) = scaling.exponents(found)
-    assert (axis, op, mode, provider) == ("rows", "topk_encode", "forward", "sae_kernels")
-    assert whole == pytest.approx(0.97) and large == pytest.approx(0.97)
-    with pytest.raises(ValueError, match="two points"):
-        scaling.slope([1.0], [1.0])
-
-
 def test_scaling_measures_and_reads_back(tmp_path, monkeypatch):
     monkeypatch.setattr(scaling, "START", TINY)
     monkeypatch.setattr(scaling, "AXES", {"rows": (32, 64), "input": ("random", "sorted", "equal")})
     monkeypatch.setattr(scaling, "NAMES", ("sae_kernels", "linear"))
     monkeypatch.setattr(scaling, "MEASURED", (("topk_encode", "forward"),))
     monkeypatch.setattr(scaling, "_memory", lambda op, mode, case, name, threads: (case.rows, "ok"))
-    monkeypatch.setattr(scaling.measure, "interleaved", lambda timers, budget, least: ((n, t()) for n, t in timers.items()))
+    monkeypatch.setattr(
+        scaling.measure, "interleaved", lambda timers, budget, least: ((n, t()) for n, t in timers.items())
+    )
     found = scaling.measure_all(tmp_path, axes=("rows", "input"), say=lambda _: None)
     assert [(axis, value) for axis, value, r in found if r.provider == "sae_kernels"] == [
         ("rows", "32"), ("rows", "64"), ("input", "random"), ("input", "sorted"), ("input", "equal"),
@@ -427,68 +397,13 @@ def test_scaling_measures_and_reads_back(tmp_path, monkeypatch):
     assert [(a, v, r.provider) for a, v, r in back] == [(a, v, r.provider) for a, v, r in found]
 
 
-# the report
-
-
-def _results(tmp_path):
-    folder = tmp_path / "benchmarks" / "results" / "box"
-    case = CASES["sequential"]
-    size = dict(zip(("rows", "d_in", "d_sae", "k", "dtype"), case.size, strict=True))
-    rows = [row(p50=10.0, **size), row("torch", 30.0, **size), row("linear", 12.5, **size)]
-    rows += [row(op="module", mode="step", p50=20.0, extra_bytes=2**20, **size)]
-    rows += [row("torch", op="module", mode="step", p50=130.0, extra_bytes=2**30, **size)]
-    table.write(rows, folder)
-    scaling._write([("rows", str(n), row(p50=n, rows=n, extra_bytes=2**20)) for n in (10, 100)], folder)
-    return folder
-
-
-def test_readme_and_plots_follow_the_csv(tmp_path):
-    folder = _results(tmp_path)
-    names = ("headline", "machine", "losses", "memory", "scaling", "plots", "encode", "serving")
-    readme = tmp_path / "README.md"
-    readme.write_text("# t\n" + "".join(f"<!-- bench:{n} -->\nold\n<!-- /bench:{n} -->\n" for n in names))
-    changed = report.write(tmp_path)
-    text = readme.read_text()
-    assert "| 8192, 64, 4096, 32 | 10 | 0.80 | 3.00x | - | 20 | 6.50x |" in text
-    assert "1.0 | 1024.0 |" in text and "1.00 (1.00)" in text and "old" not in text
-    assert "No comparison in which another provider is faster." in text and "Not measured yet." in text
-    for svg in re.findall(r"!\[\w+\]\((\S+)\)", text):
-        assert (tmp_path / svg).read_text().startswith("<svg")
-    assert readme in changed and report.write(tmp_path) == []
-    table.write([row(p50=11.0, **{n: getattr(CASES["sequential"], n) for n in ("rows", "d_in", "d_sae", "k")})], folder)
-    assert readme in report.write(tmp_path)
-
-
-def test_a_broken_marker_raises():
-    with pytest.raises(ValueError, match="opened"):
-        report.update("<!-- bench:encode -->\n", [])
-    with pytest.raises(ValueError, match="block 'speed' is unknown"):
-        report.update("<!-- bench:speed -->\n<!-- /bench:speed -->\n", [])
-
-
-@pytest.mark.skipif(not (ROOT / "README.md").is_file(), reason="no README.md beside the package")
-def test_readme_agrees_with_the_results():
-    found = report.devices(ROOT / "benchmarks" / "results", ROOT)
-    text = (ROOT / "README.md").read_text()
-    assert report.update(text, found) == text, "README.md and benchmarks/results disagree: run python -m benchmarks.report"
-    for result in found:
-        for name, svg in report.drawings(result).items():
-            assert (result.folder / name).read_text() == svg, f"{name} is stale: run python -m benchmarks.report"
-
-
-def test_plots_place_points_on_log_axes():
-    svg = plots.lines("t", "x", "ms", {"a": [(1, 1), (10, 10), (100, 100)]})
-    spots = [tuple(map(float, m)) for m in re.findall(r'cx="([\d.]+)" cy="([\d.]+)"', svg)]
-    (x0, y0), (x1, y1), (x2, y2) = spots
-    assert math.isclose(x1 - x0, x2 - x1, abs_tol=0.2) and math.isclose(y0 - y1, y1 - y2, abs_tol=0.2)
-    wide, narrow = map(float, re.findall(r'<rect x="190"[^>]* width="([\d.]+)"', plots.bars("t", {"g": {"a": 4, "b": 1}})))
-    assert wide == pytest.approx(4 * narrow, rel=0.01)
-    with pytest.raises(ValueError, match="positive"):
-        plots.lines("t", "x", "y", {"a": [(1, 0)]})
+# our backends
 
 
 def test_forced_backends_run_what_they_say():
     w = Workload(TINY)
     ours = PROVIDERS["sae_kernels"].build("topk_encode", "forward", w).call.run()
     forced = PROVIDERS["sae_kernels:reference"].build("topk_encode", "forward", w).call.run()
-    assert torch.equal(ours[1], forced[1]) and sk.info()["backend_forced"] is (os.environ.get("SAE_KERNELS_BACKEND", "auto") != "auto")
+    assert torch.equal(ours[1], forced[1]) and sk.info()["backend_forced"] is (
+        os.environ.get("SAE_KERNELS_BACKEND", "auto") != "auto"
+    )

@@ -65,10 +65,7 @@ def _cases() -> dict[str, Case]:
         Case("collaborative-bf16", 4096, 256, 8192, 32, "bfloat16"),
         Case("embeddings-bf16", 2048, 1536, 9216, 64, "bfloat16"),
         # one request, a few, a small batch
-        *(
-            Case(f"serve-{rows}", rows, 256, 16384, 32, ops=serving, quick=True)
-            for rows in (1, 8, 64)
-        ),
+        *(Case(f"serve-{rows}", rows, 256, 16384, 32, ops=serving, quick=True) for rows in (1, 8, 64)),
         *(Case(f"serve-sequential-{rows}", rows, 64, 4096, 32, ops=serving) for rows in (1, 8, 64)),
         *(Case(f"serve-embeddings-{rows}", rows, 1536, 9216, 64, ops=serving) for rows in (1, 8, 64)),
         # a stream of sparse codes

@@ -30,7 +30,13 @@ def reason(error: BaseException) -> str:
 
 
 def prepare(
-    provider: Provider, op: str, mode: str, case: Case, device: str = "cpu", gate: bool = True, w: Workload | None = None
+    provider: Provider,
+    op: str,
+    mode: str,
+    case: Case,
+    device: str = "cpu",
+    gate: bool = True,
+    w: Workload | None = None,
 ) -> Prepared:
     """Builds the call and, with gate, checks its result against fp64. Whatever a provider raises becomes its status."""
     backend = ours_backend() if provider.backend == "auto" and device == "cpu" else provider.backend

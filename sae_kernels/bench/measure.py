@@ -16,8 +16,8 @@ import torch
 from .cases import Case, flops, least_bytes, result_bytes
 
 COLUMNS = (
-    "op mode provider backend rows d_in d_sae k dtype p20_ms p50_ms p80_ms gb_s gflop_s pct_of_ceiling extra_bytes status "
-    "device torch triton commit"
+    "op mode provider backend rows d_in d_sae k dtype p20_ms p50_ms p80_ms gb_s gflop_s pct_of_ceiling extra_bytes "
+    "status device torch triton commit"
 ).split()
 KEY = ("op", "mode", "rows", "d_in", "d_sae", "k", "dtype")
 OK = "ok"
@@ -101,8 +101,8 @@ def synchronize(device: str) -> None:
 def interleaved(
     timers: dict[Any, Callable[[], Any]], budget: float, least: int = 5, most: int = 40
 ) -> Iterator[tuple[Any, Any]]:
-    """Yields (name, seconds), one of each per round, in an order that rotates; stops after `budget` seconds or `most` rounds,
-    never before `least` rounds."""
+    """Yields (name, seconds), one of each per round, in an order that rotates; stops after `budget` seconds or `most`
+    rounds, never before `least` rounds."""
     names = list(timers)
     start = time.perf_counter()
     for number in range(most):
@@ -157,7 +157,7 @@ def _status(field: str) -> int:
 
 @contextlib.contextmanager
 def memory_guard(share: float = 0.9) -> Iterator[None]:
-    """Inside, an allocation beyond `share` of what the machine has left raises instead of bringing the machine down (Linux)."""
+    """Inside, an allocation beyond `share` of the memory left raises instead of bringing the machine down (Linux)."""
     free = available_bytes()
     if free is None:
         yield

@@ -123,7 +123,13 @@ def _lens_step(w: Workload) -> Call:
     except ImportError as error:
         raise Unsupported(f"this version has no TrainStepInput: {error}") from None
     sae = _lens_sae(w, training=True)
-    parts = {"sae_in": w.x, "coefficients": {}, "dead_neuron_mask": None, "n_training_steps": 0, "is_logging_step": False}
+    parts = {
+        "sae_in": w.x,
+        "coefficients": {},
+        "dead_neuron_mask": None,
+        "n_training_steps": 0,
+        "is_logging_step": False,
+    }
     given = TrainStepInput(**parts)
     return step(lambda: sae.training_forward_pass(given).loss, sae, lambda: (sae.W_enc.grad.mT, sae.W_dec.grad))
 

@@ -14,7 +14,9 @@ def _svg(title: str, body: list[str], height: int = HEIGHT) -> str:
         'font-family="sans-serif" font-size="12">'
     )
     paper = f'<rect width="{WIDTH}" height="{height}" fill="white"/>'
-    return "\n".join([head, paper, f'<text x="{LEFT}" y="22" font-size="14">{_escape(title)}</text>', *body, "</svg>", ""])
+    return "\n".join(
+        [head, paper, f'<text x="{LEFT}" y="22" font-size="14">{_escape(title)}</text>', *body, "</svg>", ""]
+    )
 
 
 def _escape(text: str) -> str:
@@ -52,16 +54,22 @@ def lines(title: str, x_name: str, y_name: str, series: dict[str, list[tuple[flo
     for x in xs:
         px, _ = place(x, 10.0**y0)
         body.append(f'<text x="{px:.1f}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle">{x:g}</text>')
-    body.append(f'<text x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 8}" text-anchor="middle">{_escape(x_name)}</text>')
+    body.append(
+        f'<text x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 8}" text-anchor="middle">{_escape(x_name)}</text>'
+    )
     middle = (TOP + HEIGHT - BOTTOM) / 2
-    body.append(f'<text x="16" y="{middle}" text-anchor="middle" transform="rotate(-90 16 {middle})">{_escape(y_name)}</text>')
+    body.append(
+        f'<text x="16" y="{middle}" text-anchor="middle" transform="rotate(-90 16 {middle})">{_escape(y_name)}</text>'
+    )
     for number, (name, pairs) in enumerate(series.items()):
         colour = _colour(name, list(series))
         spots = [place(*pair) for pair in sorted(pairs)]
         path = " ".join(f"{px:.1f},{py:.1f}" for px, py in spots)
         body.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>')
         body += [f'<circle cx="{px:.1f}" cy="{py:.1f}" r="3" fill="{colour}"/>' for px, py in spots]
-        body.append(f'<text x="{WIDTH - RIGHT + 12}" y="{TOP + 14 + 18 * number}" fill="{colour}">{_escape(name)}</text>')
+        body.append(
+            f'<text x="{WIDTH - RIGHT + 12}" y="{TOP + 14 + 18 * number}" fill="{colour}">{_escape(name)}</text>'
+        )
     return _svg(title, body)
 
 
@@ -79,7 +87,9 @@ def bars(title: str, groups: dict[str, dict[str, float]]) -> str:
         for name, value in ratios.items():
             length = max(1.0, room * value / max(values))
             body.append(f'<text x="{label - 8}" y="{y + 12}" text-anchor="end">{_escape(name)}</text>')
-            body.append(f'<rect x="{label}" y="{y + 1}" width="{length:.1f}" height="14" fill="{_colour(name, names)}"/>')
+            body.append(
+                f'<rect x="{label}" y="{y + 1}" width="{length:.1f}" height="14" fill="{_colour(name, names)}"/>'
+            )
             body.append(f'<text x="{label + length + 6:.1f}" y="{y + 12}">{value:.2f}x</text>')
             y += 18
         y += 8

@@ -1,14 +1,15 @@
-"""The registry of providers: ours per backend, plain torch, torch.compile, embedding_bag, F.linear alone, and the peers."""
+"""The registry of providers: ours per backend, torch, torch.compile, embedding_bag, F.linear alone, the peers."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import sae_kernels as sk
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+import sae_kernels as sk
 
 from . import peers
 from .call import Call, Unsupported, leaf
@@ -39,10 +40,16 @@ class Provider:
 
     @property
     def key(self) -> str:
-        return self.name if self.backend in ("torch", "auto", "inductor") or self.package else f"{self.name}:{self.backend}"
+        return (
+            self.name
+            if self.backend in ("torch", "auto", "inductor") or self.package
+            else f"{self.name}:{self.backend}"
+        )
 
 
-def _table(makers: dict[tuple[str, str], Callable[[Workload], Call]], missing: str) -> Callable[[str, str, Workload], Built]:
+def _table(
+    makers: dict[tuple[str, str], Callable[[Workload], Call]], missing: str
+) -> Callable[[str, str, Workload], Built]:
     def build(op: str, mode: str, w: Workload) -> Built:
         maker = makers.get(("topk_encode" if op in ("serving", "first_call") else op, mode))
         if maker is None:

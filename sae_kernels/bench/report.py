@@ -16,7 +16,10 @@ class Results:
     """Everything measured on one device: `rows` of the CSV files, `scaling` points."""
 
     def __init__(self, folder: Path, root: Path) -> None:
-        self.folder, self.relative = folder, folder.relative_to(root).as_posix() if folder.is_relative_to(root) else str(folder)
+        self.folder, self.relative = (
+            folder,
+            folder.relative_to(root).as_posix() if folder.is_relative_to(root) else str(folder),
+        )
         self.rows, self.scaling = table.read_all(folder), scaling.read(folder / scaling.FILE)
 
     @property
@@ -26,7 +29,9 @@ class Results:
 
     def cell(self, op: str, mode: str, case_name: str) -> list[Row]:
         size = CASES[case_name].size
-        return [r for r in self.rows if (r.op, r.mode) == (op, mode) and (r.rows, r.d_in, r.d_sae, r.k, r.dtype) == size]
+        return [
+            r for r in self.rows if (r.op, r.mode) == (op, mode) and (r.rows, r.d_in, r.d_sae, r.k, r.dtype) == size
+        ]
 
     def times(self, op: str, mode: str, case_name: str, provider: str) -> str:
         """How many times our time `provider` takes."""
@@ -49,7 +54,14 @@ def _size(case_name: str) -> str:
 
 
 def headline(found: Results) -> str:
-    head = ["rows, d_in, d_sae, k", "encode, ms", "of `F.linear` alone", "linear + relu + topk", "encode + gradients", "training step, ms"]
+    head = [
+        "rows, d_in, d_sae, k",
+        "encode, ms",
+        "of `F.linear` alone",
+        "linear + relu + topk",
+        "encode + gradients",
+        "training step, ms",
+    ]
     head += ["plain torch", "eai-sparsify", "sae-lens", "dictionary-learning"]
     lines = []
     for name in HEADLINE:
@@ -98,7 +110,9 @@ def memory(found: Results) -> str:
             continue
         theirs = f"{other.extra_bytes / 2**20:.1f}" if other.extra_bytes is not None else other.status.split(":")[0]
         lines.append([table.size_text(mine), f"{mine.extra_bytes / 2**20:.1f}", theirs])
-    return _grid(["training step, rows x d_in x d_sae, k", "sae_kernels, MiB", "plain torch, MiB"], lines) if lines else ""
+    return (
+        _grid(["training step, rows x d_in x d_sae, k", "sae_kernels, MiB", "plain torch, MiB"], lines) if lines else ""
+    )
 
 
 def losses(found: Results) -> str:
@@ -228,12 +242,14 @@ def update(text: str, found: list[Results]) -> str:
     opened = re.findall(r"<!-- bench:(\S+) -->", text)
     closed = [m[1] for m in MARKER.finditer(text)]
     if opened != closed:
-        raise ValueError(f"blocks {', '.join(opened)} are opened and {', '.join(closed)} are closed on a line of their own")
+        raise ValueError(
+            f"blocks {', '.join(opened)} are opened and {', '.join(closed)} are closed on a line of their own"
+        )
     return updated
 
 
 def write(root: Path) -> list[Path]:
-    """Brings README.md and the plots under `root` up to date with benchmarks/results; returns the files that changed."""
+    """Brings README.md and the plots under `root` up to date with benchmarks/results; returns what changed."""
     found = devices(root / "benchmarks" / "results", root)
     wanted = {result.folder / name: svg for result in found for name, svg in drawings(result).items()}
     readme = root / "README.md"

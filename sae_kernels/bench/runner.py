@@ -16,7 +16,7 @@ from . import measure, table
 from .base import base_checkout
 from .cases import ALIASES, CASES, OPS, Case, flops, least_bytes
 from .cell import Prepared, prepare, reason
-from .measure import Ceilings, Row
+from .measure import Row
 from .providers import PROVIDERS, Provider, ours_backend
 from .worker import Team, Worker, WorkerDied
 from .workload import Workload
@@ -44,14 +44,16 @@ def run(
 ) -> list[Row]:
     """Measures and returns the rows; with `out`, writes them to out/<device>/<op>.csv after every cell.
 
-    ops, cases, providers: names of the registries, or Case objects (default: the quick table's, with `full` all of them).
-    base: a git revision whose ops are measured beside these. Raises ValueError for an unknown name, listing those known.
+    ops, cases, providers: names of the registries, or Case objects (default: the quick table's, with `full` all).
+    base: a git revision whose ops are measured beside these. Raises ValueError for an unknown name, listing the known.
     A KeyboardInterrupt ends the run early and quietly: the rows measured so far are returned.
     """
     plan = list(_plan(ops, cases, full))
     chosen = _providers(providers, full)
     if device != "cpu" and not (device.startswith("cuda") and torch.cuda.is_available()):
-        raise ValueError(f"device {device!r} is not here; choose from cpu{', cuda' if torch.cuda.is_available() else ''}")
+        raise ValueError(
+            f"device {device!r} is not here; choose from cpu{', cuda' if torch.cuda.is_available() else ''}"
+        )
     budget = seconds_per_cell or (4.0 if full else 2.0)
     rows: list[Row] = []
     with contextlib.ExitStack() as stack:
@@ -85,7 +87,13 @@ def machine_facts(device: str) -> dict[str, str]:
         triton = metadata.version("triton")
     except metadata.PackageNotFoundError:
         triton = ""
-    return {"device": name, "torch": torch.__version__, "triton": triton, "commit": commit(), "slug": measure.slug(name)}
+    return {
+        "device": name,
+        "torch": torch.__version__,
+        "triton": triton,
+        "commit": commit(),
+        "slug": measure.slug(name),
+    }
 
 
 def commit() -> str:
@@ -157,6 +165,17 @@ def _asking(ask: Callable[..., dict]) -> _Timer:
         return reply["seconds"]
 
     return timed
+
+
+def _once(rows: list[Row], timed: dict[int, _Timer], calls: dict[int, int], number: int) -> float | None:
+    """Seconds of a call; None, and the reason in the row, where it fails: the others go on."""
+    if rows[number].status != measure.OK:
+        return None
+    try:
+        return timed[number](calls.get(number, 1))
+    except Exception as error:
+        rows[number].status = str(error) if isinstance(error, (_Failed, WorkerDied)) else reason(error)
+        return None
 
 
 class _Cells:
@@ -260,18 +279,7 @@ class _Cells:
     def _time(self, rows: list[Row], timed: dict[int, _Timer], case: Case) -> None:
         samples: dict[int, list[float]] = {}
         calls: dict[int, int] = {}
-
-        def once(number: int) -> float | None:
-            """Seconds of a call; None, and the reason in the row, where it fails: the others go on."""
-            if rows[number].status != measure.OK:
-                return None
-            try:
-                return timed[number](calls.get(number, 1))
-            except Exception as error:
-                failed = isinstance(error, (_Failed, WorkerDied))
-                rows[number].status = str(error) if failed else reason(error)
-                return None
-
+        once = partial(_once, rows, timed, calls)
         round_seconds = 0.0
         for number in timed:
             warm = once(number)
@@ -280,7 +288,7 @@ class _Cells:
             if warm is not None:
                 round_seconds += warm
                 calls[number], samples[number] = max(1, min(1000, int(2e-3 / max(warm, 1e-9)))), []
-        timers = {number: (lambda n=number: once(n)) for number in samples}
+        timers = {number: partial(once, number) for number in samples}
         rounds = self.rounds if round_seconds < 10 else 3
         for number, seconds in measure.interleaved(timers, self.budget, rounds):
             if seconds is not None:
@@ -340,7 +348,8 @@ def main(options) -> int:
     )  # fmt: skip
     print()
     print(table.summary(rows))
-    print(f"{len(rows)} rows in {time.perf_counter() - start:.0f} s; CSV in {out / machine_facts(options.device)['slug']}/")
+    folder = out / machine_facts(options.device)["slug"]
+    print(f"{len(rows)} rows in {time.perf_counter() - start:.0f} s; CSV in {folder}/")
     if not options.full and not options.provider and sys.stdout.isatty():
         print("this was the quick table; --full adds every case, torch.compile, the peers and memory")
     return 0

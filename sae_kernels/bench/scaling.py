@@ -59,7 +59,9 @@ def measure_all(
                 for value, case, threads in points(axis):
                     rows = _measure(op, mode, case, threads, device, limit, facts)
                     found += [(axis, value, row) for row in rows]
-                    times = ", ".join(f"{r.provider} {r.p50_ms:.4g} ms" if r.p50_ms else f"{r.provider} {r.status}" for r in rows)
+                    times = ", ".join(
+                        f"{r.provider} {r.p50_ms:.4g} ms" if r.p50_ms else f"{r.provider} {r.status}" for r in rows
+                    )
                     say(f"{op} {mode}, {axis} {value}: {times}")
                     _write(found, folder)
     except KeyboardInterrupt:
@@ -80,7 +82,9 @@ def _measure(op, mode, case, threads, device, limit, facts) -> list[Row]:
             provider = PROVIDERS[name]
             about = {key: facts[key] for key in ("device", "torch", "triton", "commit")}
             rows.append(row := Row(op, mode, name, provider.backend, *case.size, **about))
-            row.extra_bytes, row.status = (None, measure.OK) if name == "linear" else _memory(op, mode, case, name, threads)
+            row.extra_bytes, row.status = (
+                (None, measure.OK) if name == "linear" else _memory(op, mode, case, name, threads)
+            )
             if row.status != measure.OK:
                 continue
             # inputs that are all equal leave no selection to compare; every other point is checked
@@ -127,7 +131,9 @@ def read(path: Path) -> list[tuple[str, str, Row]]:
         return []
     with path.open(newline="") as file:
         lines = list(csv.DictReader(file))
-    return [(line["axis"], line["value"], Row(**{name: _value(name, line[name]) for name in COLUMNS})) for line in lines]
+    return [
+        (line["axis"], line["value"], Row(**{name: _value(name, line[name]) for name in COLUMNS})) for line in lines
+    ]
 
 
 def slope(x: list[float], y: list[float]) -> float:

@@ -41,7 +41,7 @@ def read_all(folder: Path) -> list[Row]:
 
 
 def write(rows: Iterable[Row], folder: Path) -> None:
-    """Adds rows to folder/<op>.csv. A comparison measured again replaces the old one whole: its rows were timed together."""
+    """Adds rows to folder/<op>.csv. A comparison measured again replaces the old one whole."""
     by_op: dict[str, list[Row]] = {}
     for row in rows:
         by_op.setdefault(row.op, []).append(row)

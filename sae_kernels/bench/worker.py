@@ -1,8 +1,8 @@
-"""A process of its own for a provider: an allocator that hides no peak, a crash that stops nothing, a library that changes
-torch for itself alone, another commit's kernels.
+"""A process of its own for a provider: an allocator that hides no peak, a crash that stops nothing, a library that
+changes torch for itself alone, another commit's kernels.
 
-Requests and replies are JSON lines on stdin and stdout. SAE_BENCH_LIBRARY names the folder whose sae_kernels is measured;
-this suite itself is loaded under another name, so that it may be newer than that library.
+Requests and replies are JSON lines on stdin and stdout. SAE_BENCH_LIBRARY names the folder of the sae_kernels to
+measure; this suite itself is loaded under another name, so that it may be newer than that library.
 """
 
 import contextlib
@@ -40,7 +40,7 @@ class Team:
         self._workers: dict[str, Worker] = {}
 
     def ask(self, name: str, **request: Any) -> dict[str, Any]:
-        """The reply; where the worker dies, its reason as the status. Building and measuring need status "ok" to go on."""
+        """The reply; where the worker dies, its reason as the status."""
         import torch
 
         if name not in self._workers:
@@ -122,7 +122,9 @@ def serve() -> None:
 def _suite(module: str) -> Any:
     """A module of this suite, under a name that no sae_kernels holds."""
     if "sae_bench" not in sys.modules:
-        spec = importlib.util.spec_from_file_location("sae_bench", HERE / "__init__.py", submodule_search_locations=[str(HERE)])
+        spec = importlib.util.spec_from_file_location(
+            "sae_bench", HERE / "__init__.py", submodule_search_locations=[str(HERE)]
+        )
         sys.modules["sae_bench"] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(sys.modules["sae_bench"])
     return importlib.import_module(f"sae_bench.{module}")

@@ -9,8 +9,8 @@ from .cases import Case
 
 
 class Workload:
-    """x [rows, d_in]; W_enc, W_dec [d_sae, d_in]; b_enc [d_sae]; b_dec [d_in] of zeros; values, indices [rows, k], distinct
-    in a row; grad_values [rows, k]; grad_out [rows, d_in]. Each is made when first asked for."""
+    """x [rows, d_in]; W_enc, W_dec [d_sae, d_in]; b_enc [d_sae]; b_dec [d_in] of zeros; values, indices [rows, k],
+    distinct in a row; grad_values [rows, k]; grad_out [rows, d_in]. Each is made when first asked for."""
 
     def __init__(self, case: Case, device: str = "cpu") -> None:
         self.case, self.device, self.dtype = case, device, getattr(torch, case.dtype)
@@ -27,8 +27,16 @@ class Workload:
     @cached_property
     def W_enc(self) -> Tensor:
         c = self.case
-        if c.inputs in ("sorted", "equal", "negative"):  # with x >= 0: ascending along the latents, all equal, none fires
-            level = {"sorted": torch.linspace(0.1, 1, c.d_sae), "equal": torch.ones(c.d_sae), "negative": -torch.ones(c.d_sae)}
+        if c.inputs in (
+            "sorted",
+            "equal",
+            "negative",
+        ):  # with x >= 0: ascending along the latents, all equal, none fires
+            level = {
+                "sorted": torch.linspace(0.1, 1, c.d_sae),
+                "equal": torch.ones(c.d_sae),
+                "negative": -torch.ones(c.d_sae),
+            }
             return level[c.inputs].unsqueeze(1).expand(-1, c.d_in).to(self.device, self.dtype).contiguous()
         W = self._random(2, c.d_sae, c.d_in)
         if c.inputs == "clustered":  # runs of 64 neighbouring latents that fire together
@@ -70,7 +78,7 @@ class Workload:
     def sample(self, rows: int) -> "Workload":
         """The same weights with rows of x whose k-th and next pre-activation are well apart.
 
-        There every exact selection agrees, whatever its rounding, so that reconstructions and gradients can be compared.
+        There every exact selection agrees, whatever its rounding: reconstructions and gradients can be compared.
         """
         c = self.case
         some = self.x[: min(c.rows, 4 * rows)].double()
