@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import sae_kernels as sk
-from sae_kernels.bench import CASES, OPS, PROVIDERS, Case, Row, measure, oracle, run, scaling, table
+from sae_kernels.bench import CASES, OPS, PROVIDERS, Case, Row, measure, oracle, run, table
 from sae_kernels.bench.call import Call, Unsupported
 from sae_kernels.bench.cases import flops, least_bytes, result_bytes
 from sae_kernels.bench.cell import prepare
@@ -377,24 +377,6 @@ def test_command_line(tmp_path, capsys, monkeypatch):
 def test_base_revision_unknown_is_one_line():
     with pytest.raises(ValueError, match="no such commit"):
         run(["encode"], [TINY], ["sae_kernels"], base="no-such-revision", say=lambda _: None)
-
-
-def test_scaling_measures_and_reads_back(tmp_path, monkeypatch):
-    monkeypatch.setattr(scaling, "START", TINY)
-    monkeypatch.setattr(scaling, "AXES", {"rows": (32, 64), "input": ("random", "sorted", "equal")})
-    monkeypatch.setattr(scaling, "NAMES", ("sae_kernels", "linear"))
-    monkeypatch.setattr(scaling, "MEASURED", (("topk_encode", "forward"),))
-    monkeypatch.setattr(scaling, "_memory", lambda op, mode, case, name, threads: (case.rows, "ok"))
-    monkeypatch.setattr(
-        scaling.measure, "interleaved", lambda timers, budget, least: ((n, t()) for n, t in timers.items())
-    )
-    found = scaling.measure_all(tmp_path, axes=("rows", "input"), say=lambda _: None)
-    assert [(axis, value) for axis, value, r in found if r.provider == "sae_kernels"] == [
-        ("rows", "32"), ("rows", "64"), ("input", "random"), ("input", "sorted"), ("input", "equal"),
-    ]  # fmt: skip
-    assert all(r.status == "ok" and (r.extra_bytes == r.rows) is (r.provider != "linear") for _, _, r in found)
-    back = scaling.read(next(tmp_path.glob("*/scaling.csv")))
-    assert [(a, v, r.provider) for a, v, r in back] == [(a, v, r.provider) for a, v, r in found]
 
 
 # our backends

@@ -7,9 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from sae_kernels.bench import CASES, Row, plots, report, scaling, table
+from sae_kernels.bench import CASES, Case, Row, plots, report, scaling, table
 
 ROOT = Path(__file__).parents[1]
+
+
+TINY = Case("tiny", 96, 24, 160, 5)
 
 
 def row(provider="sae_kernels", p50=1.0, **changes):
@@ -120,3 +123,21 @@ def test_exponents_are_those_of_the_data():
     assert whole == pytest.approx(0.97) and large == pytest.approx(0.97)
     with pytest.raises(ValueError, match="two points"):
         scaling.slope([1.0], [1.0])
+
+
+def test_scaling_measures_and_reads_back(tmp_path, monkeypatch):
+    monkeypatch.setattr(scaling, "START", TINY)
+    monkeypatch.setattr(scaling, "AXES", {"rows": (32, 64), "input": ("random", "sorted", "equal")})
+    monkeypatch.setattr(scaling, "NAMES", ("sae_kernels", "linear"))
+    monkeypatch.setattr(scaling, "MEASURED", (("topk_encode", "forward"),))
+    monkeypatch.setattr(scaling, "_memory", lambda op, mode, case, name, threads: (case.rows, "ok"))
+    monkeypatch.setattr(
+        scaling.measure, "interleaved", lambda timers, budget, least: ((n, t()) for n, t in timers.items())
+    )
+    found = scaling.measure_all(tmp_path, axes=("rows", "input"), say=lambda _: None)
+    assert [(axis, value) for axis, value, r in found if r.provider == "sae_kernels"] == [
+        ("rows", "32"), ("rows", "64"), ("input", "random"), ("input", "sorted"), ("input", "equal"),
+    ]  # fmt: skip
+    assert all(r.status == "ok" and (r.extra_bytes == r.rows) is (r.provider != "linear") for _, _, r in found)
+    back = scaling.read(next(tmp_path.glob("*/scaling.csv")))
+    assert [(a, v, r.provider) for a, v, r in back] == [(a, v, r.provider) for a, v, r in found]
