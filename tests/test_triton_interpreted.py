@@ -53,3 +53,29 @@ def test_the_choice_on_cuda(monkeypatch):
     monkeypatch.setattr(_backend, "_forced", "triton")
     with pytest.raises(ValueError, match="'triton' is forced and the tensors are on cpu"):
         _backend.pick(torch.device("cpu"))
+
+
+def test_a_kernel_that_does_not_build(monkeypatch):
+    """One warning that names the cause, plain torch from then on; forced, it raises; other errors are not caught."""
+    monkeypatch.setattr(_backend, "_broken", None)
+    error = type("CompilationError", (Exception,), {"__module__": "triton.compiler.errors"})
+    calls = []
+
+    def kernel(x):
+        calls.append(x)
+        raise calls_raise[0]
+
+    calls_raise = [error("no such instruction")]
+    run = _backend.triton_or(kernel, lambda x: x + 1)
+    x = torch.ones(2)
+    with monkeypatch.context() as forced, pytest.raises(error, match="no such instruction"):
+        forced.setattr(_backend, "_forced", "triton")
+        run(x)
+    with pytest.warns(UserWarning, match="cannot build kernel: CompilationError: no such instruction"):
+        assert torch.equal(run(x), x + 1)
+    assert torch.equal(run(x), x + 1) and len(calls) == 2
+    assert "no such instruction" in _backend.triton_error()
+    monkeypatch.setattr(_backend, "_broken", None)
+    calls_raise[0] = ValueError("of the user's")
+    with pytest.raises(ValueError, match="of the user's"):
+        run(x)

@@ -29,7 +29,7 @@ def oracle(values, indices, W, b, grad):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (7, 3, 10, 37), (5, 20, 30, 300)])
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (7, 3, 10, 37), (3, 9, 12, 150)])
 def test_against_the_oracle(shape, dtype):
     tensors = on_device(*case(*shape, dtype))
     grad = torch.randn(shape[0], shape[3], generator=torch.Generator().manual_seed(9)).to(DEVICE, dtype)
@@ -49,8 +49,7 @@ def test_gradient_of_values_alone():
     assert not W.requires_grad and W.grad is None
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("chunk", [1, 5, 16, 1000])
+@pytest.mark.parametrize(("chunk", "dtype"), [(1, torch.float32), (5, torch.float64), (16, torch.float32), (99, torch.float32)])
 def test_long_and_empty_segments(chunk, dtype):
     """Latent 7 fires on every row, 9 on half, most never: chunks of any length, and exact zeros elsewhere."""
     values, indices, _, _ = case(40, 2, 20, 24, dtype)

@@ -34,7 +34,7 @@ def group_maxima(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr, LEVELS: tl.con
     return tile
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows", "columns", "step"])
 def filter_product(
     x, W, bias, keys, groups, names, fills, rows, columns, d_in, d_sae, step, k, room,
     ACTIVATION: tl.constexpr, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr, GROWTH: tl.constexpr, BLOCK_M: tl.constexpr,
@@ -81,7 +81,7 @@ def filter_product(
     tl.store(groups + at[:, None, :] * G + member, tl.reshape(total, (BLOCK_M, G, WIDTH)), mask=reaches[:, None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["step"])
 def take_groups(
     keys, counts, groups, names, fills, d_sae, head, step, k, room,
     ACTIVATION: tl.constexpr, GROWTH: tl.constexpr, BLOCK_N: tl.constexpr, LEVELS: tl.constexpr, AT_ONCE: tl.constexpr,
@@ -111,7 +111,7 @@ def take_groups(
     tl.store(fills + row, 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["columns", "step"])
 def rescan_product(
     x, W, bias, keys, counts, overflows, columns, d_in, d_sae, head, step, k,
     ACTIVATION: tl.constexpr, HAS_BIAS: tl.constexpr, GROWTH: tl.constexpr, BLOCK_D: tl.constexpr, P: tl.constexpr,
@@ -202,5 +202,6 @@ def _one_phase(x: Tensor, W: Tensor, step: int, plan: tuning.FusedPlan, best: Se
     )  # fmt: skip
     rescan_product[(n,)](
         x, W, best.bias, best.keys, best.counts, best.overflows, columns, d_in, d_sae, plan.head, step, k,
-        HAS_BIAS=best.bias is not None, BLOCK_D=tuning.RESCAN_D, num_warps=best.plan.rescan_warps, **common,
+        HAS_BIAS=best.bias is not None, BLOCK_D=tuning.RESCAN_D, num_warps=best.plan.rescan_warps,
+        maxnreg=tuning.RESCAN_REGISTERS, **common,
     )  # fmt: skip

@@ -75,7 +75,7 @@ def push(keys, counts, row, key, keep, P: tl.constexpr):
     tl.store(keys + row.to(tl.int64)[:, None] * P + place, key, mask=keep & (place < P))
 
 
-@triton.jit(do_not_specialize=["rows", "filled"])
+@triton.jit(do_not_specialize=["rows", "first", "filled"])
 def filter_slab(
     slab, bias, mask, keys, counts, rows, columns, first, step, k, filled,
     ACTIVATION: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_MASK: tl.constexpr, ROWS: tl.constexpr, P: tl.constexpr,
@@ -110,7 +110,7 @@ def absorb(best, key, k, lane, P: tl.constexpr):
     return best
 
 
-@triton.jit(do_not_specialize=["rows", "filled"])
+@triton.jit(do_not_specialize=["rows", "first", "filled"])
 def rescan_slab(
     slab, bias, mask, keys, counts, overflows, rows, columns, first, step, k, filled,
     ACTIVATION: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_MASK: tl.constexpr, P: tl.constexpr,

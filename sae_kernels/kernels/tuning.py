@@ -127,7 +127,8 @@ TILE = {2: Tile(128, 128, 64, 3, 8, 3), 4: Tile(64, 128, 32, 3, 8, 3)}  # by ele
 GROWTH = 2
 AT_ONCE = 32
 TILES = 8
-RESCAN_D = 16
+RESCAN_D = 8
+RESCAN_REGISTERS = 255  # left alone, ptxas spills a few addresses for occupancy, which a rare fallback does not need
 GROUP_BYTES = 64 * 2**20
 LARGEST_FUSED_D_IN = 512
 

@@ -2,10 +2,12 @@
 
 import contextlib
 import os
+import subprocess
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
+from torch import Tensor
 
 from .. import _native
 
@@ -32,7 +34,9 @@ def interpreted() -> bool:
 
 
 def triton_error() -> str | None:
-    """Why the Triton kernels cannot be imported; None where they can."""
+    """Why the Triton kernels cannot be imported or built; None where they can, as far as is known."""
+    if _broken:
+        return _broken
     try:
         from .. import kernels  # noqa: F401
     except ImportError as error:
@@ -42,6 +46,7 @@ def triton_error() -> str | None:
 
 _forced = _checked(os.environ.get("SAE_KERNELS_BACKEND", "auto"), "SAE_KERNELS_BACKEND")
 _warned = False
+_broken: str | None = None  # why Triton could not build a kernel in this process
 
 
 @contextlib.contextmanager
@@ -78,3 +83,29 @@ def pick(device: torch.device) -> str:
         cause = causes.get(device.type, f"this version has no kernels for {device.type}")
         warnings.warn(f"sae_kernels runs its plain torch reference, which is slow: {cause}", stacklevel=3)
     return "reference"
+
+
+def triton_or(kernel: Callable, plain: Callable) -> Callable:
+    """`kernel` on its first argument's device; `plain`, with one warning, from when Triton fails to build on; forced, it raises."""
+
+    def run(tensor: Tensor, *args):
+        global _broken
+        if _broken and _forced != "triton":
+            return plain(tensor, *args)
+        try:
+            with torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext():
+                return kernel(tensor, *args)
+        except Exception as error:
+            if _forced == "triton" or not _is_build_failure(error):
+                raise
+            _broken = f"Triton cannot build {kernel.__name__.strip('_')}: {type(error).__name__}: {error}"
+            warnings.warn(f"sae_kernels runs its plain torch reference, which is slow: {_broken}", stacklevel=2)
+            return plain(tensor, *args)
+
+    return run
+
+
+def _is_build_failure(error: Exception) -> bool:
+    """Of Triton's own, or of the C compiler that it calls for the launcher."""
+    of_triton = type(error).__module__.startswith("triton.")
+    return of_triton or isinstance(error, subprocess.CalledProcessError) or "C compiler" in str(error)

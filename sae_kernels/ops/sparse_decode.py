@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from . import _autocast, _checks, reference
-from ._backend import pick
+from ._backend import pick, triton_or
 
 _lib = torch.library.Library("sae_kernels", "FRAGMENT")
 _lib.define("sparse_decode(Tensor values, Tensor indices, Tensor W_dec, Tensor? b_dec) -> Tensor")
@@ -114,11 +114,6 @@ def _triton_grad_values(grad, indices, W_dec):
     return kernel.grad_values(grad, indices, W_dec)
 
 
-_lib.impl("sparse_decode_triton", _triton_forward, "CompositeExplicitAutograd")
-_lib.impl("sparse_decode_triton_backward", _triton_backward, "CompositeExplicitAutograd")
-_lib.impl("sparse_decode_triton_grad_values", _triton_grad_values, "CompositeExplicitAutograd")
-
-
 class _SparseDecode(torch.autograd.Function):
     @staticmethod
     def forward(values, indices, W_dec, b_dec, backend):
@@ -153,3 +148,16 @@ def _reference_backward(grad: Tensor, values: Tensor, indices: Tensor, W_dec: Te
     codes = torch.zeros(values.shape[0], W_dec.shape[0], dtype=acc, device=values.device)
     dW = codes.scatter_add(1, index, values.to(acc)).mT @ wide
     return dvalues.to(values.dtype), dW.to(W_dec.dtype)
+
+
+def _reference_grad_values(grad: Tensor, indices: Tensor, W_dec: Tensor) -> Tensor:
+    acc = reference.accumulator(W_dec.dtype)
+    return (grad.to(acc) @ W_dec.to(acc).mT).gather(-1, indices.long()).to(grad.dtype)
+
+
+for _name, _kernel, _plain in (
+    ("", _triton_forward, _reference_forward),
+    ("_backward", _triton_backward, _reference_backward),
+    ("_grad_values", _triton_grad_values, _reference_grad_values),
+):
+    _lib.impl(f"sparse_decode_triton{_name}", triton_or(_kernel, _plain), "CompositeExplicitAutograd")

@@ -4,11 +4,11 @@ import torch
 from torch import Tensor
 
 from . import _autocast, _checks, reference
-from ._backend import pick
+from ._backend import pick, triton_or
 from .sparse_decode import decode_with
 
 ACTIVATIONS = ("relu", "none", "abs")
-_FLOAT64_CELLS = 2**20
+_PLAIN_CELLS = 2**20
 
 _lib = torch.library.Library("sae_kernels", "FRAGMENT")
 _lib.define(
@@ -97,13 +97,18 @@ def _check(x, W_enc, b_enc, k, activation, latent_mask) -> None:
 def _triton_forward(x, W_enc, b_enc, k, activation, latent_mask):
     from ..kernels import topk_encode as kernel
 
+    if x.dtype == torch.float64:  # the kernels' keys hold 32 bits of score
+        return _plain_forward(x, W_enc, b_enc, k, activation, latent_mask)
     with _autocast.switched_off(x.device):
-        if x.dtype != torch.float64:
-            return kernel.topk_encode(x, W_enc, b_enc, k, activation, latent_mask)
-        # the keys of the kernels hold 32 bits of score: float64 runs the reference, a bounded number of rows at a time
+        return kernel.topk_encode(x, W_enc, b_enc, k, activation, latent_mask)
+
+
+def _plain_forward(x, W_enc, b_enc, k, activation, latent_mask):
+    """The reference, a bounded number of rows at a time."""
+    with _autocast.switched_off(x.device):
         parts = [
             reference.topk_encode(part, W_enc, b_enc, k, ACTIVATIONS[activation], latent_mask)
-            for part in x.split(max(1, _FLOAT64_CELLS // W_enc.shape[0]))
+            for part in x.split(max(1, _PLAIN_CELLS // W_enc.shape[0]))
         ]
     return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
 
@@ -114,8 +119,12 @@ def _triton_backward(grad_pre, indices, x, d_sae):
     return latent_sums(indices, grad_pre, x, d_sae, with_totals=True)
 
 
-_lib.impl("topk_encode_triton_backward", _triton_backward, "CompositeExplicitAutograd")
-_lib.impl("topk_encode_triton", _triton_forward, "CompositeExplicitAutograd")
+def _plain_backward(grad_pre, indices, x, d_sae):
+    return _reference_weight_grads(grad_pre, indices, x, d_sae)
+
+
+_lib.impl("topk_encode_triton", triton_or(_triton_forward, _plain_forward), "CompositeExplicitAutograd")
+_lib.impl("topk_encode_triton_backward", triton_or(_triton_backward, _plain_backward), "CompositeExplicitAutograd")
 
 
 class _TopKEncode(torch.autograd.Function):
