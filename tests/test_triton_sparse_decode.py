@@ -39,6 +39,17 @@ def test_against_the_oracle(shape, dtype):
     assert all(torch.equal(a, c) for a, c in zip(got[:3], gradients(*tensors, grad), strict=False))
 
 
+def test_gradients_in_one_pass_and_in_two(monkeypatch):
+    """Rows that fit one program give both gradients from one read; longer ones take two kernels."""
+    tensors = on_device(*case(5, 4, 9, 100, torch.float32))
+    grad = torch.randn(5, 100, generator=torch.Generator().manual_seed(9)).to(DEVICE)
+    one = gradients(*tensors, grad)
+    monkeypatch.setattr(tuning, "widest_row", lambda element_size: 64)
+    two = gradients(*tensors, grad)
+    torch.testing.assert_close(two[1], one[1], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(two[2], one[2], rtol=1e-5, atol=1e-5)
+
+
 def test_gradient_of_values_alone():
     values, indices, W, b = on_device(*case(6, 6, 20, 45, torch.float32))
     leaf = values.clone().requires_grad_()
@@ -57,16 +68,19 @@ def test_long_and_empty_segments(chunk, dtype):
     indices[:, 1] = torch.where(torch.arange(40) % 2 == 0, 9, 3)
     rows = torch.randn(40, 24, generator=torch.Generator().manual_seed(1)).to(dtype)
     device = on_device(indices, values, rows)
-    sums, totals = latent_sums(*device, 20, with_totals=True, chunk=chunk)
+    W = torch.randn(20, 24, generator=torch.Generator().manual_seed(2)).to(dtype)
+    sums, totals, dots = latent_sums(*device, 20, with_totals=True, W=W.to(DEVICE), chunk=chunk)
     codes = torch.zeros(40, 20, dtype=torch.float64).scatter_add(1, indices.long(), values.double())
     bound = 40 * torch.finfo(dtype).eps
     torch.testing.assert_close(sums.cpu().double(), codes.mT @ rows.double(), rtol=bound, atol=20 * bound)
     torch.testing.assert_close(totals.cpu().double(), codes.sum(0), rtol=bound, atol=20 * bound)
+    exact = (rows.double() @ W.double().mT).gather(1, indices.long())
+    torch.testing.assert_close(dots.cpu().double(), exact, rtol=bound, atol=20 * bound)
     silent = codes.abs().sum(0) == 0
     assert silent.sum() == 17 and not sums.cpu()[silent].any() and not totals.cpu()[silent].any()
     again = latent_sums(*device, 20, with_totals=True, chunk=chunk)
     assert torch.equal(again[0], sums) and torch.equal(again[1], totals)
-    assert latent_sums(*device, 20, chunk=chunk)[1] is None
+    assert latent_sums(*device, 20, chunk=chunk)[1:] == (None, None)
 
 
 def test_partial_sums_stay_within_their_workspace():
@@ -111,3 +125,13 @@ def test_registration():
     torch.library.opcheck(ops.sparse_decode_triton.default, (values, indices, W, b))
     torch.library.opcheck(ops.sparse_decode_triton_backward.default, (grad, values, indices, W))
     torch.library.opcheck(ops.sparse_decode_triton_grad_values.default, (grad, indices, W))
+
+
+if DEVICE == "cuda":
+
+    def test_outputs_beyond_2_to_31_elements():
+        rows, d_out = 2**19 + 1, 4096
+        W = torch.randn(3, d_out, device=DEVICE, dtype=torch.float16)
+        indices = (torch.arange(rows, device=DEVICE) % 3)[:, None].int()
+        y = sk.sparse_decode(torch.ones(rows, 1, device=DEVICE, dtype=torch.float16), indices, W)
+        assert torch.equal(y[-3:], W[indices[-3:, 0].long()])

@@ -128,20 +128,33 @@ def test_other_plans_of_the_fused_path(monkeypatch, change, activation):
     assert_same((values.cpu(), indices.cpu()), reference.topk_encode(x, W, b, 5, ACTIVATIONS[activation]))
 
 
-def test_the_path_by_the_shape():
+def test_the_path_by_the_weights():
     cases = {
         (256, 16384, 32, False): "fused", (512, 4096, 32, False): "fused", (513, 4096, 32, False): "slab",
         (256, 16384, 32, True): "slab", (64, 400, 32, False): "slab", (256, 16384, 342, False): "sort",
     }  # fmt: skip
-    assert {shape: kernel._pick(*shape) for shape in cases} == cases
+    assert {shape: kernel._pick(*shape, torch.bfloat16) for shape in cases} == cases
+    assert torch.get_float32_matmul_precision() == "highest"
+    assert kernel._pick(256, 16384, 32, False, torch.float32) == "slab"
+    torch.set_float32_matmul_precision("high")
+    try:
+        assert kernel._pick(256, 16384, 32, False, torch.float32) == "fused"
+    finally:
+        torch.set_float32_matmul_precision("highest")
 
 
-def test_workspace_of_the_fused_path():
-    for d_sae, k in ((4096, 32), (16384, 64), (65536, 341)):
+@pytest.mark.parametrize("d_sae", [600, 4096, 16384, 131072, 2**20])
+def test_the_workspace_has_a_cap(d_sae):
+    for k in (1, 22, 32, 85, 341):
+        P = tuning.select_plan(k).P
+        rows, columns = tuning.slab_shape(2**20, d_sae)
+        assert rows * (columns * 4 + P * 8 + 4) <= 160 * 2**20
         plan = tuning.fused_plan(256, d_sae, k, 2)
-        assert plan.rows >= 128 and plan.rows * plan.room * 4 * (1 + 2**plan.LEVELS) <= tuning.GROUP_BYTES
-        assert plan.rows * 4 * max(plan.head, -(-d_sae // plan.first_step)) <= tuning.SLAB_BYTES
-        assert fused.phases(plan.first_step, plan.GROWTH)[-1] == 1 and plan.head >= 2 * k
+        slab = max(plan.head, -(-d_sae // plan.first_step)) * 4
+        assert plan.rows * (slab + P * 8 + 8 + plan.room * 4 * (1 + 2**plan.LEVELS)) <= 160 * 2**20
+        assert plan.rows >= 128 and plan.head >= 2 * k and P >= 3 * k
+        if plan.first_step > 1:
+            assert fused.phases(plan.first_step, plan.GROWTH)[-1] == 1
 
 
 @pytest.mark.parametrize("activation", range(3))
@@ -257,3 +270,39 @@ def test_the_number_of_rows_is_no_part_of_a_compile_key():
     select = topk_select.filter_slab, topk_select.rescan_slab, topk_select.rank, topk_select.write_keys
     for f in (*select, fused.filter_product):
         assert "rows" in (f.kwargs["do_not_specialize"] if INTERPRETED else f.do_not_specialize)
+
+
+if DEVICE == "cuda":
+
+    def test_more_than_2_to_31_pre_activations():
+        rows, d_sae = 40_000, 60_000
+        x = torch.linspace(-1, 1, rows, device=DEVICE)[:, None]
+        W = torch.linspace(-1, 1, d_sae, device=DEVICE)[:, None]
+        for path in ("fused", "slab"):
+            values, indices = kernel.topk_encode(x, W, None, 1, topk_select.RELU, None, path)
+            assert torch.equal(indices[:, 0], torch.where(x[:, 0] < 0, 0, d_sae - 1).to(torch.int32))
+            assert torch.equal(values[:, 0], x[:, 0].abs())
+
+    def test_a_step_in_a_cuda_graph():
+        """Nothing in forward or backward waits for the host, so a graph of them holds for other numbers of that shape."""
+        g = torch.Generator(device=DEVICE).manual_seed(0)
+        x, fresh = (torch.randn(300, 64, generator=g, device=DEVICE) for _ in range(2))
+        W = torch.randn(2000, 64, generator=g, device=DEVICE).requires_grad_()
+
+        def step():
+            values, indices = sk.topk_encode(x, W, None, 16)
+            y = sk.sparse_decode(values, indices, W)
+            return y, torch.autograd.grad((y * y).sum(), W)[0]
+
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            step()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = step()
+        x.copy_(fresh)
+        graph.replay()
+        for got, want in zip(captured, step(), strict=True):
+            assert torch.equal(got, want)

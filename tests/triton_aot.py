@@ -29,7 +29,7 @@ TYPES |= {"groups": "*fp32", "names": "*i32", "fills": "*i32"}
 TYPES |= dict.fromkeys(("order", "starts", "first_chunk", "chunks", "first_slot", "latent_of"), "*i64")
 ROW_LENGTHS = ("d_in", "d_out", "d")
 WIDE = {"fp64": "fp64"}
-DATA = ("x", "W", "bias", "values", "out", "grad", "rows_of", "weights", "sums", "totals")
+DATA = ("x", "W", "bias", "values", "out", "grad", "rows_of", "weights", "sums", "totals", "dots")
 
 
 def types(dtype: str) -> dict[str, str]:
@@ -65,7 +65,8 @@ def kernels():
                 yield sparse_decode.dot_rows, dtype, {**acc, "BLOCK_K": plan.BLOCK_K, "BLOCK_D": plan.BLOCK_D}, plan.warps, 3
             plan = tuning.sums_plan(width, size)
             join = {**acc, "BLOCK_D": plan.BLOCK_D, "HAS_TOTALS": True}
-            yield latent_sums.sum_chunks, dtype, {**join, "ENTRIES": plan.ENTRIES}, plan.warps, 3
+            for dots in (True, False):
+                yield latent_sums.sum_chunks, dtype, {**join, "HAS_DOTS": dots, "ENTRIES": plan.ENTRIES}, plan.warps, 3
             yield latent_sums.join_chunks, dtype, join, plan.warps, 3
 
 

@@ -2,7 +2,8 @@
 
 sums[f] = sum over the entries (n, j) with indices[n, j] = f of weights[n, j] rows[n]. A latent's entries stand in the order
 of their rows and are summed in chunks of fixed length, so a latent that fires on every row occupies many programs; the
-chunks of one latent are added in order afterwards.
+chunks of one latent are added in order afterwards. Where a row fits one program, the same read gives <rows[n], W[f]>, the
+gradient of the entry's value.
 """
 
 import torch
@@ -16,8 +17,9 @@ from .sparse_decode import accumulator
 
 @triton.jit(do_not_specialize=["chunk"])
 def sum_chunks(
-    rows_of, weights, order, starts, first_chunk, chunks, first_slot, latent_of, sums, totals, slots, slot_totals,
-    chunk, d_sae, k, d, ACC: tl.constexpr, HAS_TOTALS: tl.constexpr, ENTRIES: tl.constexpr, BLOCK_D: tl.constexpr,
+    rows_of, weights, W, order, starts, first_chunk, chunks, first_slot, latent_of, dots, sums, totals, slots, slot_totals,
+    chunk, d_sae, k, d,
+    ACC: tl.constexpr, HAS_TOTALS: tl.constexpr, HAS_DOTS: tl.constexpr, ENTRIES: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """One chunk of one latent, one slice of columns: to `sums` where it is the latent's only chunk, else to its slot."""
     number = tl.program_id(0)
@@ -30,6 +32,8 @@ def sum_chunks(
         inside = column < d
         part = tl.zeros((ENTRIES, BLOCK_D), ACC)
         weight_part = tl.zeros((ENTRIES,), ACC)
+        if HAS_DOTS:
+            w = tl.load(W + latent * d + column, mask=inside, other=0.0).to(ACC)
         for at in range(begin, end, ENTRIES):
             entry = at + tl.arange(0, ENTRIES)
             on = entry < end
@@ -39,6 +43,8 @@ def sum_chunks(
             row = tl.load(rows_of + (position // k)[:, None] * d + column[None, :], mask=here, other=0.0).to(ACC)
             part += weight[:, None] * row
             weight_part += weight
+            if HAS_DOTS:
+                tl.store(dots + position, tl.sum(row * w[None, :], 1).to(dots.dtype.element_ty), mask=on)
         total, weight_total = tl.sum(part, 0), tl.sum(weight_part, 0)
         if tl.load(chunks + latent) > 1:
             slot = tl.load(first_slot + latent) + place
@@ -78,17 +84,20 @@ def join_chunks(
 
 
 def latent_sums(
-    indices: Tensor, weights: Tensor, rows: Tensor, d_sae: int, with_totals: bool = False, chunk: int | None = None
-) -> tuple[Tensor, Tensor | None]:
-    """indices, weights [N, k], rows [N, d] -> sums [d_sae, d] and, where asked, sums of the weights [d_sae].
+    indices: Tensor, weights: Tensor, rows: Tensor, d_sae: int, *,
+    with_totals: bool = False, W: Tensor | None = None, chunk: int | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    """indices, weights [N, k], rows [N, d] -> sums [d_sae, d]; sums of the weights [d_sae]; dots [N, k] with W [d_sae, d].
 
-    Entries whose index is out of range are left out. chunk: entries summed by one program; None lets the workspace decide.
+    The last two where asked for: W is allowed up to d = tuning.widest_row. Entries whose index is out of range are left out
+    of the sums, and their dots are NaN. chunk: entries summed by one program; None lets the workspace decide.
     """
     entries, d = indices.numel(), rows.shape[1]
     sums = rows.new_zeros(d_sae, d) if entries * d == 0 else rows.new_empty(d_sae, d)
     totals = rows.new_zeros(d_sae) if with_totals else None
+    dots = None if W is None else rows.new_full(indices.shape, float("nan") if d else 0.0)
     if entries * d == 0:
-        return sums, totals
+        return sums, totals, dots
     chunk = chunk or tuning.chunk_length(entries, d, rows.element_size())
     plan = tuning.sums_plan(d, rows.element_size())
     ranked, order = indices.reshape(-1).sort(stable=True)
@@ -105,8 +114,9 @@ def latent_sums(
     options = {"ACC": accumulator(rows.dtype), "HAS_TOTALS": with_totals, "BLOCK_D": plan.BLOCK_D, "num_warps": plan.warps}
     outputs = (sums, totals, slots, slot_totals)
     sum_chunks[(most, slices)](
-        rows.contiguous(), weights.contiguous(), order, starts, ends - chunks, chunks, split.cumsum(0) - split, latent_of,
-        *outputs, chunk, d_sae, indices.shape[1], d, ENTRIES=plan.ENTRIES, **options,
+        rows.contiguous(), weights.contiguous(), None if W is None else W.contiguous(), order, starts, ends - chunks, chunks,
+        split.cumsum(0) - split, latent_of, dots, *outputs, chunk, d_sae, indices.shape[1], d, HAS_DOTS=W is not None,
+        ENTRIES=plan.ENTRIES, **options,
     )  # fmt: skip
     join_chunks[(d_sae, slices)](chunks, split.cumsum(0) - split, *outputs, d, **options)
-    return sums, totals
+    return sums, totals, dots

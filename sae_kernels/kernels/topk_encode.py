@@ -5,7 +5,7 @@ import triton
 from torch import Tensor
 
 from . import tuning
-from .topk_encode_fused import topk_encode_fused
+from .topk_encode_fused import precision, topk_encode_fused
 from .topk_select import Selection, product, write_codes, write_keys
 
 
@@ -20,18 +20,21 @@ def topk_encode(
     values = x.new_empty(x.shape[0], k)
     indices = x.new_empty(x.shape[0], k, dtype=torch.int32)
     if x.shape[0] > 0:
-        chosen = _pick(x.shape[1], W.shape[0], k, mask is not None) if path == "auto" else path
+        chosen = _pick(x.shape[1], W.shape[0], k, mask is not None, x.dtype) if path == "auto" else path
         run = {"fused": _fused, "slab": _by_slabs, "sort": _by_sorting}[chosen]
         run(x, W, b, k, activation, mask, values, indices)
     return values, indices
 
 
-def _pick(d_in: int, d_sae: int, k: int, masked: bool) -> str:
-    """Which path, by the shape of the weights; the number of rows plays no part."""
+def _pick(d_in: int, d_sae: int, k: int, masked: bool, dtype: torch.dtype) -> str:
+    """Which path, by the weights; the number of rows plays no part. Reckoned, not yet measured."""
     if k > tuning.LARGEST_K:
         return "sort"
     # where few latents compete a row's k-th best may be none of them, and everything would pass the fused threshold
     if masked or d_in > tuning.LARGEST_FUSED_D_IN or tuning.first_step(d_sae, k) == 1:
+        return "slab"
+    # a full float32 product runs without tensor cores: it takes ten times what the slab costs, and cuBLAS does it best
+    if dtype == torch.float32 and precision(dtype) == "ieee":
         return "slab"
     return "fused"
 

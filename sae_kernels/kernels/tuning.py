@@ -74,9 +74,14 @@ SLOT_BYTES = 16 * 2**20  # partial sums of latents with more than one chunk
 WIDTHS = (32, 64, 128, 256)
 
 
+def widest_row(element_size: int) -> int:
+    """Columns that one warp loads in 16 bytes per thread: the longest row of one slice."""
+    return min(256, 512 // element_size)
+
+
 def _width(d: int, element_size: int) -> int:
-    """Columns of a slice: what one warp loads in 16 bytes per thread, or less where rows are short."""
-    most = min(256, 512 // element_size)
+    """Columns of a slice."""
+    most = widest_row(element_size)
     return next((w for w in WIDTHS if w >= min(d, most)), most)
 
 
@@ -129,7 +134,7 @@ AT_ONCE = 32
 TILES = 8
 RESCAN_D = 8
 RESCAN_REGISTERS = 255  # left alone, ptxas spills a few addresses for occupancy, which a rare fallback does not need
-GROUP_BYTES = 64 * 2**20
+GROUP_BYTES = 96 * 2**20  # large chunks of rows: some thirty launches serve each
 LARGEST_FUSED_D_IN = 512
 
 

@@ -103,8 +103,12 @@ def _triton_forward(values, indices, W_dec, b_dec):
 
 
 def _triton_backward(grad, values, indices, W_dec):
+    from ..kernels import tuning
     from ..kernels.latent_sums import latent_sums
 
+    if W_dec.shape[1] <= tuning.widest_row(W_dec.element_size()):
+        dW, _, dvalues = latent_sums(indices, values, grad, W_dec.shape[0], W=W_dec)
+        return dvalues, dW
     return _triton_grad_values(grad, indices, W_dec), latent_sums(indices, values, grad, W_dec.shape[0])[0]
 
 

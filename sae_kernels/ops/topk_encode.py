@@ -57,7 +57,8 @@ def topk_encode(
     Returns values [..., k] in x's dtype and indices [..., k] int32. Equal values stand by the lower index first, so the
     indices of a row are valid and distinct also where fewer than k latents fire. NaN ranks highest. Selection is on
     pre-activations accumulated in float32 (float64 for float64). Differentiable once in x, W_enc and b_enc; a slot whose
-    value is 0 under relu passes no gradient. Workspace on CPU: about 24 MiB and 1.5 MiB per thread, whatever rows x d_sae is.
+    value is 0 under relu passes no gradient. Workspace, whatever rows x d_sae is: on CPU about
+    24 MiB and 1.5 MiB per thread, in Triton at most 160 MiB.
 
     Under autocast, tensors of different floating dtypes are brought to W_enc's. Raises TypeError or ValueError that names
     the argument, before any work.
@@ -116,7 +117,7 @@ def _plain_forward(x, W_enc, b_enc, k, activation, latent_mask):
 def _triton_backward(grad_pre, indices, x, d_sae):
     from ..kernels.latent_sums import latent_sums
 
-    return latent_sums(indices, grad_pre, x, d_sae, with_totals=True)
+    return latent_sums(indices, grad_pre, x, d_sae, with_totals=True)[:2]
 
 
 def _plain_backward(grad_pre, indices, x, d_sae):
