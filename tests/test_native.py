@@ -23,7 +23,9 @@ for _ in range(2):
 
 
 def python(code, **environment):
-    done = subprocess.run([sys.executable, "-c", code], env={**os.environ, **environment}, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, **environment}, capture_output=True, text=True
+    )
     return done.stdout, done.stderr
 
 
@@ -45,7 +47,10 @@ def test_forced_backends():
         with sk.backend("auto"):
             assert _backend.pick(torch.device("cpu")) == "cpu"
     assert _backend.pick(torch.device("cpu")) == "cpu"
-    for name, message in (("gpu", "unknown backend 'gpu'; choose from auto"), ("cuda", "'cuda' cannot run: this version")):
+    for name, message in (
+        ("gpu", "unknown backend 'gpu'; choose from auto"),
+        ("cuda", "'cuda' cannot run: this version"),
+    ):
         with pytest.raises(ValueError, match=message), sk.backend(name):
             pass
     with sk.backend("cpu"), pytest.raises(ValueError, match="forced and the tensors are on meta"):

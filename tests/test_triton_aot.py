@@ -1,4 +1,6 @@
-"""The table of compiled Triton kernels: complete, without spills, small enough for the chips; a sample is compiled again."""
+"""The table of compiled Triton kernels: complete, without spills, small enough for the chips; a sample is compiled
+again.
+"""
 
 import os
 import subprocess
@@ -17,7 +19,8 @@ RUN = """
 import triton_aot as aot
 cases = {(case[0].__name__, aot.configuration(*case)): case for case in aot.kernels()}
 listed = {(r["kernel"], r["configuration"], int(r["arch"])) for r in aot.read()}
-assert listed == {(*name, arch) for name in cases for arch in aot.ARCHS}, "run tests/triton_aot.py: the table is out of date"
+wanted = {(*name, arch) for name in cases for arch in aot.ARCHS}
+assert listed == wanted, "the table is out of date: run tests/triton_aot.py"
 """
 SAMPLE = """
 for kernel in ("filter_product", "filter_slab", "rank", "decode", "sum_chunks", "dot_rows"):

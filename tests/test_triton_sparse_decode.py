@@ -1,4 +1,6 @@
-"""The Triton kernels of sparse_decode and of the weight gradients against the fp64 oracle, on a GPU or in the interpreter."""
+"""The Triton kernels of sparse_decode and of the weight gradients against the fp64 oracle, on a GPU or in the
+interpreter.
+"""
 
 import pytest
 import torch
@@ -60,7 +62,9 @@ def test_gradient_of_values_alone():
     assert not W.requires_grad and W.grad is None
 
 
-@pytest.mark.parametrize(("chunk", "dtype"), [(1, torch.float32), (5, torch.float64), (16, torch.float32), (99, torch.float32)])
+@pytest.mark.parametrize(
+    ("chunk", "dtype"), [(1, torch.float32), (5, torch.float64), (16, torch.float32), (99, torch.float32)]
+)
 def test_long_and_empty_segments(chunk, dtype):
     """Latent 7 fires on every row, 9 on half, most never: chunks of any length, and exact zeros elsewhere."""
     values, indices, _, _ = case(40, 2, 20, 24, dtype)

@@ -90,7 +90,9 @@ def test_random(dtype):
 
 
 @pytest.mark.parametrize("path", ["slab", "fused"])
-@pytest.mark.parametrize("kind", ["ascending by column", "descending by column", "clustered", "all negative", "constant"])
+@pytest.mark.parametrize(
+    "kind", ["ascending by column", "descending by column", "clustered", "all negative", "constant"]
+)
 def test_adversarial_orders(monkeypatch, kind, path):
     monkeypatch.setattr(tuning, "slab_shape", lambda rows, d_sae: (rows, 1100))
     x, W, b = adversarial(kind)
@@ -164,7 +166,10 @@ def test_nan_and_inf(activation):
         bias = b.clone()
         bias[::2] = fill
         for k, path in ((5, "slab"), (5, "fused"), (80, "sort")):
-            assert_same(run(x, W, bias, k, activation, None, path), reference.topk_encode(x, W, bias, k, ACTIVATIONS[activation]))
+            assert_same(
+                run(x, W, bias, k, activation, None, path),
+                reference.topk_encode(x, W, bias, k, ACTIVATIONS[activation]),
+            )
     x[0, 0] = torch.nan
     values, indices = run(x, W, b, 4, activation, path="fused")
     assert values[0].isnan().all() and indices[0].tolist() == [0, 1, 2, 3]
@@ -284,7 +289,7 @@ if DEVICE == "cuda":
             assert torch.equal(values[:, 0], x[:, 0].abs())
 
     def test_a_step_in_a_cuda_graph():
-        """Nothing in forward or backward waits for the host, so a graph of them holds for other numbers of that shape."""
+        """Nothing in forward or backward waits for the host: a graph of them holds for other numbers."""
         g = torch.Generator(device=DEVICE).manual_seed(0)
         x, fresh = (torch.randn(300, 64, generator=g, device=DEVICE) for _ in range(2))
         W = torch.randn(2000, 64, generator=g, device=DEVICE).requires_grad_()

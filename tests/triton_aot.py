@@ -1,7 +1,8 @@
 """Compiles every configuration of the Triton kernels for sm_80, sm_90 and sm_100, with no GPU.
 
-`python tests/triton_aot.py [kernel ...]` writes triton_aot.csv beside this file: registers per thread, bytes of stack (spills stand
-there), bytes of shared memory, SASS instructions. test_triton_aot.py reads it and compiles a sample again.
+`python tests/triton_aot.py [kernel ...]` writes triton_aot.csv beside this file: registers per thread, bytes of stack
+(spills stand there), bytes of shared memory, SASS instructions. test_triton_aot.py reads it and compiles a sample
+again.
 """
 
 import csv
@@ -62,7 +63,13 @@ def kernels():
             yield sparse_decode.decode, dtype, {**acc, **tile, "HAS_BIAS": True}, plan.warps, 3
             for k in (4, 16):
                 plan = tuning.dot_plan(k, width, size)
-                yield sparse_decode.dot_rows, dtype, {**acc, "BLOCK_K": plan.BLOCK_K, "BLOCK_D": plan.BLOCK_D}, plan.warps, 3
+                yield (
+                    sparse_decode.dot_rows,
+                    dtype,
+                    {**acc, "BLOCK_K": plan.BLOCK_K, "BLOCK_D": plan.BLOCK_D},
+                    plan.warps,
+                    3,
+                )
             plan = tuning.sums_plan(width, size)
             join = {**acc, "BLOCK_D": plan.BLOCK_D, "HAS_TOTALS": True}
             for dots in (True, False):
@@ -97,7 +104,11 @@ def compiled(kernel, dtype: str, constants: dict, warps: int, stages: int, arch:
     """Compiles one configuration; pointers and the row length are multiples of 16, as they mostly are."""
     known = types(dtype)
     signature = {n: "constexpr" if n in constants else known.get(n, "i32") for n in kernel.arg_names}
-    aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(kernel.arg_names) if signature[n][0] == "*" or n in ROW_LENGTHS}
+    aligned = {
+        (i,): [["tt.divisibility", 16]]
+        for i, n in enumerate(kernel.arg_names)
+        if signature[n][0] == "*" or n in ROW_LENGTHS
+    }
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
     options = {"num_warps": warps, "num_stages": stages}
     if kernel is topk_encode_fused.rescan_product:
@@ -131,7 +142,12 @@ def main(only: list[str]) -> None:
             if only and case[0].__name__ not in only:
                 continue
             for arch in ARCHS:
-                row = {"kernel": case[0].__name__, "configuration": configuration(*case), "arch": arch, **compiled(*case, arch)}
+                row = {
+                    "kernel": case[0].__name__,
+                    "configuration": configuration(*case),
+                    "arch": arch,
+                    **compiled(*case, arch),
+                }
                 rows.writerow(row)
                 file.flush()
                 print(*row.values(), flush=True)

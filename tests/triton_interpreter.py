@@ -1,4 +1,6 @@
-"""Where the Triton tests run: on the GPU where there is one, else in Triton's interpreter, which must be on from the start."""
+"""Where the Triton tests run: on the GPU where there is one, else in Triton's interpreter, which must be on from the
+start.
+"""
 
 import os
 
@@ -17,8 +19,9 @@ def need_a_place_to_run() -> None:
 
 
 def patch_interpreter() -> None:
-    """Sorts by NumPy, as Triton's own network takes a hundred times as long there, and bfloat16 products of the numbers,
-    where the interpreter multiplies their bits."""
+    """Sorts by NumPy, as Triton's own network takes a hundred times as long there, and bfloat16 products of the
+    numbers, where the interpreter multiplies their bits.
+    """
     import numpy as np
     import triton.language as tl
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle

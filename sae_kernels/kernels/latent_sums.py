@@ -1,9 +1,9 @@
 """Weight gradients per latent in Triton: entries sorted by latent, summed in one fixed order, no atomics.
 
-sums[f] = sum over the entries (n, j) with indices[n, j] = f of weights[n, j] rows[n]. A latent's entries stand in the order
-of their rows and are summed in chunks of fixed length, so a latent that fires on every row occupies many programs; the
-chunks of one latent are added in order afterwards. Where a row fits one program, the same read gives <rows[n], W[f]>, the
-gradient of the entry's value.
+sums[f] = sum over the entries (n, j) with indices[n, j] = f of weights[n, j] rows[n]. A latent's entries stand in the
+order of their rows and are summed in chunks of fixed length, so a latent that fires on every row occupies many
+programs; the chunks of one latent are added in order afterwards. Where a row fits one program, the same read gives
+<rows[n], W[f]>, the gradient of the entry's value.
 """
 
 import torch
@@ -17,11 +17,11 @@ from .sparse_decode import accumulator
 
 @triton.jit(do_not_specialize=["chunk"])
 def sum_chunks(
-    rows_of, weights, W, order, starts, first_chunk, chunks, first_slot, latent_of, dots, sums, totals, slots, slot_totals,
-    chunk, d_sae, k, d,
+    rows_of, weights, W, order, starts, first_chunk, chunks, first_slot, latent_of,
+    dots, sums, totals, slots, slot_totals, chunk, d_sae, k, d,
     ACC: tl.constexpr, HAS_TOTALS: tl.constexpr, HAS_DOTS: tl.constexpr, ENTRIES: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """One chunk of one latent, one slice of columns: to `sums` where it is the latent's only chunk, else to its slot."""
+    """One chunk of one latent, one slice of columns: to `sums` if it is the latent's only chunk, else to its slot."""
     number = tl.program_id(0)
     latent = tl.load(latent_of + number)
     if latent < d_sae:
@@ -87,10 +87,11 @@ def latent_sums(
     indices: Tensor, weights: Tensor, rows: Tensor, d_sae: int, *,
     with_totals: bool = False, W: Tensor | None = None, chunk: int | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
-    """indices, weights [N, k], rows [N, d] -> sums [d_sae, d]; sums of the weights [d_sae]; dots [N, k] with W [d_sae, d].
+    """indices, weights [N, k], rows [N, d] -> sums [d_sae, d]; sums of the weights [d_sae]; dots [N, k] with W [d_sae,
+    d].
 
-    The last two where asked for: W is allowed up to d = tuning.widest_row. Entries whose index is out of range are left out
-    of the sums, and their dots are NaN. chunk: entries summed by one program; None lets the workspace decide.
+    The last two where asked for: W is allowed up to d = tuning.widest_row. Entries whose index is out of range are left
+    out of the sums, and their dots are NaN. chunk: entries summed by one program; None lets the workspace decide.
     """
     entries, d = indices.numel(), rows.shape[1]
     sums = rows.new_zeros(d_sae, d) if entries * d == 0 else rows.new_empty(d_sae, d)
@@ -111,12 +112,17 @@ def latent_sums(
     slots = rows.new_empty(2 * entries // chunk, d, dtype=wide)
     slot_totals = rows.new_empty(2 * entries // chunk, dtype=wide)
     slices = triton.cdiv(d, plan.BLOCK_D)
-    options = {"ACC": accumulator(rows.dtype), "HAS_TOTALS": with_totals, "BLOCK_D": plan.BLOCK_D, "num_warps": plan.warps}
+    options = {
+        "ACC": accumulator(rows.dtype),
+        "HAS_TOTALS": with_totals,
+        "BLOCK_D": plan.BLOCK_D,
+        "num_warps": plan.warps,
+    }
     outputs = (sums, totals, slots, slot_totals)
     sum_chunks[(most, slices)](
-        rows.contiguous(), weights.contiguous(), None if W is None else W.contiguous(), order, starts, ends - chunks, chunks,
-        split.cumsum(0) - split, latent_of, dots, *outputs, chunk, d_sae, indices.shape[1], d, HAS_DOTS=W is not None,
-        ENTRIES=plan.ENTRIES, **options,
+        rows.contiguous(), weights.contiguous(), None if W is None else W.contiguous(),
+        order, starts, ends - chunks, chunks, split.cumsum(0) - split, latent_of, dots, *outputs,
+        chunk, d_sae, indices.shape[1], d, HAS_DOTS=W is not None, ENTRIES=plan.ENTRIES, **options,
     )  # fmt: skip
     join_chunks[(d_sae, slices)](chunks, split.cumsum(0) - split, *outputs, d, **options)
     return sums, totals, dots

@@ -13,7 +13,8 @@ def decode(
     values, indices, W, bias, out, rows, k, d_sae, d_out,
     HAS_BIAS: tl.constexpr, ACC: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
-    """out [rows, d_out] = sum_j values[:, j] W[indices[:, j]] + bias, j in order; an index out of range makes its row NaN.
+    """out [rows, d_out] = sum_j values[:, j] W[indices[:, j]] + bias, j in order; an index out of range makes its row
+    NaN.
 
     Row tiles run fastest, so at any time the programs read one slice of BLOCK_D columns of W, which stays in L2.
     """
@@ -33,14 +34,16 @@ def decode(
             total += tl.where(valid, value, float("nan"))[:, None] * weight
     if HAS_BIAS:
         total += tl.load(bias + column, mask=inside, other=0.0).to(ACC)[None, :]
-    tl.store(out + row[:, None] * d_out + column[None, :], total.to(out.dtype.element_ty), mask=live[:, None] & inside[None, :])
+    tl.store(
+        out + row[:, None] * d_out + column[None, :],
+        total.to(out.dtype.element_ty),
+        mask=live[:, None] & inside[None, :],
+    )
 
 
 @triton.jit
-def dot_rows(
-    grad, indices, W, out, k, d_sae, d_out, ACC: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr
-):
-    """out [rows, k] = <grad[row], W[indices[row, j]]>, one program per row and BLOCK_K entries; NaN where out of range."""
+def dot_rows(grad, indices, W, out, k, d_sae, d_out, ACC: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr):
+    """out [rows, k] = <grad[row], W[indices[row, j]]>, BLOCK_K entries of a row per program; NaN if out of range."""
     row = tl.program_id(0).to(tl.int64)
     slot = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
     latent = tl.load(indices + row * k + slot, mask=slot < k, other=0).to(tl.int64)

@@ -14,8 +14,8 @@ def topk_encode(
 ) -> tuple[Tensor, Tensor]:
     """x [N, d_in], W [d_sae, d_in], b [d_sae], mask [d_sae] bool -> values [N, k] in x's dtype, indices [N, k] int32.
 
-    Checked arguments of one dtype, float32 or narrower. path: "fused", "slab", "sort", or "auto" by the shape. Workspace: at
-    most tuning.SLAB_BYTES of products, tuning.GROUP_BYTES of groups and the buffers of one chunk's rows.
+    Checked arguments of one dtype, float32 or narrower. path: "fused", "slab", "sort", or "auto" by the shape.
+    Workspace: at most tuning.SLAB_BYTES of products, tuning.GROUP_BYTES of groups and the buffers of one chunk's rows.
     """
     values = x.new_empty(x.shape[0], k)
     indices = x.new_empty(x.shape[0], k, dtype=torch.int32)

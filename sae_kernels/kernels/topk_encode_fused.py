@@ -1,12 +1,14 @@
-"""topk_encode for short rows (d_in up to 512) in Triton: a product whose epilogue keeps only what can be among the k largest.
+"""topk_encode for short rows (d_in up to 512) in Triton: a product whose epilogue keeps only what can be among the k
+largest.
 
-Latents are taken in phases, each an even sample of what is left: first some through slabs (the head, and every S-th), then
-the new multiples of S / GROWTH, and so on. A row's k-th best after one phase is its threshold in the next: fixed within a
-phase, only rising, so the result depends neither on the order of the tiles nor on that of the atomics. The epilogue looks
-at the maxima of groups of strided columns, and copies the groups that reach the threshold into the row's buffer.
+Latents are taken in phases, each an even sample of what is left: first some through slabs (the head, and every S-th),
+then the new multiples of S / GROWTH, and so on. A row's k-th best after one phase is its threshold in the next: fixed
+within a phase, only rising, so the result depends neither on the order of the tiles nor on that of the atomics. The
+epilogue looks at the maxima of groups of strided columns, and copies the groups that reach the threshold into the row's
+buffer.
 
-The products of different phases may round a pre-activation differently in its last bit, so latents whose pre-activations
-are equal only in exact arithmetic need not rank by index.
+The products of different phases may round a pre-activation differently in its last bit, so latents whose
+pre-activations are equal only in exact arithmetic need not rank by index.
 """
 
 import torch
@@ -37,14 +39,15 @@ def group_maxima(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr, LEVELS: tl.con
 @triton.jit(do_not_specialize=["rows", "columns", "step"])
 def filter_product(
     x, W, bias, keys, groups, names, fills, rows, columns, d_in, d_sae, step, k, room,
-    ACTIVATION: tl.constexpr, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr, GROWTH: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, LEVELS: tl.constexpr, TILES: tl.constexpr, P: tl.constexpr,
+    ACTIVATION: tl.constexpr, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr, GROWTH: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, LEVELS: tl.constexpr,
+    TILES: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
     """x [rows, d_in] times the `columns` latents of one phase.
 
-    A group of G = 2^LEVELS pre-activations that may hold one of the row's k best goes to groups [rows, room, G], its number
-    to names [rows, room]; fills [rows] counts them, also those for which there was no room. Each x and W element is read
-    d_sae / BLOCK_N and rows / BLOCK_M times, from L2: programs go through TILES row tiles per column tile.
+    A group of G = 2^LEVELS pre-activations that may hold one of the row's k best goes to groups [rows, room, G], its
+    number to names [rows, room]; fills [rows] counts them, also those for which there was no room. Each x and W element
+    is read d_sae / BLOCK_N and rows / BLOCK_M times, from L2: programs go through TILES row tiles per column tile.
     """
     tiles_m, tiles_n = tl.cdiv(rows, BLOCK_M), tl.cdiv(columns, BLOCK_N)
     block = tl.program_id(0) // (TILES * tiles_n)
@@ -61,7 +64,9 @@ def filter_product(
         d = start + tl.arange(0, BLOCK_D)
         near = d < d_in
         a = tl.load(x + row.to(tl.int64)[:, None] * d_in + d[None, :], mask=live[:, None] & near[None, :], other=0.0)
-        w = tl.load(W + latent.to(tl.int64)[None, :] * d_in + d[:, None], mask=inside[None, :] & near[:, None], other=0.0)
+        w = tl.load(
+            W + latent.to(tl.int64)[None, :] * d_in + d[:, None], mask=inside[None, :] & near[:, None], other=0.0
+        )
         total = tl.dot(a, w, total, input_precision=PRECISION)
 
     G: tl.constexpr = 1 << LEVELS
@@ -87,7 +92,7 @@ def take_groups(
     ACTIVATION: tl.constexpr, GROWTH: tl.constexpr, BLOCK_N: tl.constexpr, LEVELS: tl.constexpr, AT_ONCE: tl.constexpr,
     P: tl.constexpr,
 ):  # fmt: skip
-    """The members of a row's groups that stand above its k-th best key join its buffer; too many groups: an overflow."""
+    """The members of a row's groups above its k-th best key join its buffer; too many groups: an overflow."""
     G: tl.constexpr = 1 << LEVELS
     WIDTH: tl.constexpr = BLOCK_N // G
     row = tl.program_id(0)
@@ -116,7 +121,9 @@ def rescan_product(
     x, W, bias, keys, counts, overflows, columns, d_in, d_sae, head, step, k,
     ACTIVATION: tl.constexpr, HAS_BIAS: tl.constexpr, GROWTH: tl.constexpr, BLOCK_D: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
-    """The rows that overflowed in this phase, exactly: their pre-activations again, and a running list of the best keys."""
+    """The rows that overflowed in this phase, exactly: their pre-activations again, and a running list of the best
+    keys.
+    """
     row = tl.program_id(0)
     if tl.load(counts + row) > P:
         lane = tl.arange(0, P)
@@ -192,9 +199,9 @@ def _one_phase(x: Tensor, W: Tensor, step: int, plan: tuning.FusedPlan, best: Se
     common = {"ACTIVATION": best.activation, "GROWTH": plan.GROWTH, "P": best.plan.P}
     tile = {"BLOCK_N": plan.BLOCK_N, "LEVELS": plan.LEVELS}
     filter_product[(triton.cdiv(n, plan.BLOCK_M) * triton.cdiv(columns, plan.BLOCK_N),)](
-        x, W, best.bias, best.keys, *buffers, n, columns, d_in, d_sae, step, k, plan.room, HAS_BIAS=best.bias is not None,
-        PRECISION=precision(x.dtype), BLOCK_M=plan.BLOCK_M, BLOCK_D=plan.BLOCK_D, TILES=plan.TILES, num_warps=plan.warps,
-        num_stages=plan.stages, **common, **tile,
+        x, W, best.bias, best.keys, *buffers, n, columns, d_in, d_sae, step, k, plan.room,
+        HAS_BIAS=best.bias is not None, PRECISION=precision(x.dtype), BLOCK_M=plan.BLOCK_M, BLOCK_D=plan.BLOCK_D,
+        TILES=plan.TILES, num_warps=plan.warps, num_stages=plan.stages, **common, **tile,
     )  # fmt: skip
     take_groups[(n,)](
         best.keys, best.counts, *buffers, d_sae, plan.head, step, k, plan.room, AT_ONCE=plan.AT_ONCE, num_warps=1,

@@ -1,7 +1,7 @@
 """The k largest of every row in Triton, from slabs of pre-activations that stay in the L2 cache and are read twice.
 
-A latent competes by a 64-bit key: order bits of its score, then the lower index, then the sign that `abs` hides. Keys are
-distinct, so every step keeps a set, whatever the order in which atomics arrive: two runs agree bit for bit.
+A latent competes by a 64-bit key: order bits of its score, then the lower index, then the sign that `abs` hides. Keys
+are distinct, so every step keeps a set, whatever the order in which atomics arrive: two runs agree bit for bit.
 """
 
 import torch
@@ -123,7 +123,9 @@ def rescan_slab(
         best = tl.load(at, mask=lane < filled, other=_MIN64)
         for start in range(0, columns, P):
             one, live = row + tl.zeros((1,), tl.int32), tl.full((1,), 1, tl.int1)
-            key = slab_keys(slab, bias, mask, one, live, start + lane, columns, first, step, ACTIVATION, HAS_BIAS, HAS_MASK)
+            key = slab_keys(
+                slab, bias, mask, one, live, start + lane, columns, first, step, ACTIVATION, HAS_BIAS, HAS_MASK
+            )
             best = absorb(best, tl.reshape(key, (P,)), k, lane, P)
         tl.store(at, best, mask=lane < k)
         tl.store(counts + row, k)
@@ -132,7 +134,16 @@ def rescan_slab(
 
 @triton.jit(do_not_specialize=["rows"])
 def rank(
-    keys, counts, values, indices, rows, k, FINAL: tl.constexpr, ACTIVATION: tl.constexpr, ROWS: tl.constexpr, P: tl.constexpr
+    keys,
+    counts,
+    values,
+    indices,
+    rows,
+    k,
+    FINAL: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    ROWS: tl.constexpr,
+    P: tl.constexpr,
 ):
     """Sorts each row's buffer and keeps the k largest; with FINAL they go out as values and indices [rows, k]."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -196,7 +207,12 @@ class Selection:
         self.overflows = torch.zeros(1, dtype=torch.int32, device=device)
         self.bias = None if b is None else b.contiguous()
         self.mask = None if mask is None else mask.contiguous().view(torch.uint8)
-        self.options = {"ACTIVATION": activation, "HAS_BIAS": b is not None, "HAS_MASK": mask is not None, "P": self.plan.P}
+        self.options = {
+            "ACTIVATION": activation,
+            "HAS_BIAS": b is not None,
+            "HAS_MASK": mask is not None,
+            "P": self.plan.P,
+        }
 
     def restart(self) -> None:
         self.counts.zero_()
@@ -208,10 +224,28 @@ class Selection:
         where = (pre, self.bias, self.mask, self.keys, self.counts)
         grid = (triton.cdiv(rows, self.plan.ROWS),)
         filter_slab[grid](
-            *where, rows, columns, first, step, self.k, self.filled, ROWS=self.plan.ROWS, num_warps=self.plan.warps, **self.options
+            *where,
+            rows,
+            columns,
+            first,
+            step,
+            self.k,
+            self.filled,
+            ROWS=self.plan.ROWS,
+            num_warps=self.plan.warps,
+            **self.options,
         )
         rescan_slab[(rows,)](
-            *where, self.overflows, rows, columns, first, step, self.k, self.filled, num_warps=self.plan.rescan_warps, **self.options
+            *where,
+            self.overflows,
+            rows,
+            columns,
+            first,
+            step,
+            self.k,
+            self.filled,
+            num_warps=self.plan.rescan_warps,
+            **self.options,
         )
 
     def rank(self, rows: int, values: Tensor | None = None, indices: Tensor | None = None) -> None:

@@ -139,7 +139,7 @@ LARGEST_FUSED_D_IN = 512
 
 
 def first_step(d_sae: int, k: int) -> int:
-    """Every how many-th latent the first sample takes: at least 8k of them, and 256; 1 where there are too few latents."""
+    """Every how many-th latent the first sample takes: at least 8k and 256 of them; 1 where there are too few."""
     step = 1
     while d_sae // (step * GROWTH) >= max(8 * k, 256):
         step *= GROWTH
@@ -154,5 +154,12 @@ def fused_plan(d_in: int, d_sae: int, k: int, element_size: int) -> FusedPlan:
     cells = SLAB_BYTES // 4 // max(head, d_sae // step + 1)
     rows = min(cells, GROUP_BYTES // (room * 4 * (1 + 2**tile.LEVELS)))
     return FusedPlan(
-        **vars(tile), GROWTH=GROWTH, TILES=TILES, AT_ONCE=AT_ONCE, head=head, first_step=step, room=room, rows=max(1, rows // 128 * 128)
+        **vars(tile),
+        GROWTH=GROWTH,
+        TILES=TILES,
+        AT_ONCE=AT_ONCE,
+        head=head,
+        first_step=step,
+        room=room,
+        rows=max(1, rows // 128 * 128),
     )

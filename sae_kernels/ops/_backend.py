@@ -86,7 +86,10 @@ def pick(device: torch.device) -> str:
 
 
 def triton_or(kernel: Callable, plain: Callable) -> Callable:
-    """`kernel` on its first argument's device; `plain`, with one warning, from when Triton fails to build on; forced, it raises."""
+    """`kernel` on its first argument's device; `plain`, after one warning, once Triton has failed to build one.
+
+    Where "triton" is forced the failure is raised.
+    """
 
     def run(tensor: Tensor, *args):
         global _broken

@@ -11,7 +11,9 @@ _lib.define("sparse_decode(Tensor values, Tensor indices, Tensor W_dec, Tensor? 
 _lib.define("sparse_decode_backward(Tensor grad, Tensor values, Tensor indices, Tensor W_dec) -> (Tensor, Tensor)")
 _lib.define("sparse_decode_grad_values(Tensor grad, Tensor indices, Tensor W_dec) -> Tensor")
 _lib.define("sparse_decode_triton(Tensor values, Tensor indices, Tensor W_dec, Tensor? b_dec) -> Tensor")
-_lib.define("sparse_decode_triton_backward(Tensor grad, Tensor values, Tensor indices, Tensor W_dec) -> (Tensor, Tensor)")
+_lib.define(
+    "sparse_decode_triton_backward(Tensor grad, Tensor values, Tensor indices, Tensor W_dec) -> (Tensor, Tensor)"
+)
 _lib.define("sparse_decode_triton_grad_values(Tensor grad, Tensor indices, Tensor W_dec) -> Tensor")
 _ops = torch.ops.sae_kernels
 _forward = {"cpu": _ops.sparse_decode.default, "triton": _ops.sparse_decode_triton.default}
@@ -42,14 +44,14 @@ def _grad_values_fake(grad, indices, W_dec):
 def sparse_decode(values: Tensor, indices: Tensor, W_dec: Tensor, b_dec: Tensor | None = None) -> Tensor:
     """sum_j values[..., j] * W_dec[indices[..., j]] + b_dec.
 
-    values [..., k]; indices [..., k] int32 or int64, in [0, d_sae), repeats allowed; W_dec [d_sae, d_out]; b_dec [d_out] or
-    None; values, W_dec and b_dec of one dtype: float32, float64, bfloat16 or float16. Returns [..., d_out] in that dtype,
-    accumulated in float32 (float64 for float64). Differentiable once in values, W_dec and b_dec; on CPU every gradient is
-    summed in one fixed order, whatever the number of threads.
+    values [..., k]; indices [..., k] int32 or int64, in [0, d_sae), repeats allowed; W_dec [d_sae, d_out]; b_dec
+    [d_out] or None; values, W_dec and b_dec of one dtype: float32, float64, bfloat16 or float16. Returns [..., d_out]
+    in that dtype, accumulated in float32 (float64 for float64). Differentiable once in values, W_dec and b_dec; on CPU
+    every gradient is summed in one fixed order, whatever the number of threads.
 
-    Under autocast, tensors of different floating dtypes are brought to W_dec's. Raises TypeError or ValueError that names
-    the argument; an index out of range raises ValueError (RuntimeError inside a compiled graph). The Triton kernels, which
-    do not wait for the GPU, make its row NaN instead and leave its entry out of W_dec's gradient.
+    Under autocast, tensors of different floating dtypes are brought to W_dec's. Raises TypeError or ValueError that
+    names the argument; an index out of range raises ValueError (RuntimeError inside a compiled graph). The Triton
+    kernels, which do not wait for the GPU, make its row NaN instead and leave its entry out of W_dec's gradient.
     """
     values, b_dec = _autocast.widened(W_dec, values, b_dec)
     _check(values, indices, W_dec, b_dec)

@@ -16,10 +16,14 @@ _lib.define(
 )
 _lib.define("topk_encode_backward(Tensor grad_pre, Tensor indices, Tensor x, int d_sae) -> (Tensor, Tensor)")
 _lib.define(
-    "topk_encode_triton(Tensor x, Tensor W_enc, Tensor? b_enc, int k, int activation, Tensor? latent_mask) -> (Tensor, Tensor)"
+    "topk_encode_triton(Tensor x, Tensor W_enc, Tensor? b_enc, int k, int activation, Tensor? latent_mask)"
+    " -> (Tensor, Tensor)"
 )
 _lib.define("topk_encode_triton_backward(Tensor grad_pre, Tensor indices, Tensor x, int d_sae) -> (Tensor, Tensor)")
-_forward = {"cpu": torch.ops.sae_kernels.topk_encode.default, "triton": torch.ops.sae_kernels.topk_encode_triton.default}
+_forward = {
+    "cpu": torch.ops.sae_kernels.topk_encode.default,
+    "triton": torch.ops.sae_kernels.topk_encode_triton.default,
+}
 _backward = {
     "cpu": torch.ops.sae_kernels.topk_encode_backward.default,
     "triton": torch.ops.sae_kernels.topk_encode_triton_backward.default,
@@ -50,18 +54,17 @@ def topk_encode(
     """The k largest entries of activation(x W_enc^T + b_enc) per row, in descending order.
 
     x [..., d_in]; W_enc [d_sae, d_in]; b_enc [d_sae] or None; all of one dtype: float32, float64, bfloat16 or float16.
-    k: 1 to d_sae. activation: "relu", "none", or "abs" (ranks by magnitude, keeps the sign).
-    latent_mask [d_sae] bool: only latents that are True compete; where fewer than k of them exist, the others fill up with
-    value 0.
+    k: 1 to d_sae. activation: "relu", "none", or "abs" (ranks by magnitude, keeps the sign). latent_mask [d_sae] bool:
+    only latents that are True compete; where fewer than k of them exist, the others fill up with value 0.
 
     Returns values [..., k] in x's dtype and indices [..., k] int32. Equal values stand by the lower index first, so the
     indices of a row are valid and distinct also where fewer than k latents fire. NaN ranks highest. Selection is on
-    pre-activations accumulated in float32 (float64 for float64). Differentiable once in x, W_enc and b_enc; a slot whose
-    value is 0 under relu passes no gradient. Workspace, whatever rows x d_sae is: on CPU about
-    24 MiB and 1.5 MiB per thread, in Triton at most 160 MiB.
+    pre-activations accumulated in float32 (float64 for float64). Differentiable once in x, W_enc and b_enc; a slot
+    whose value is 0 under relu passes no gradient. Workspace, whatever rows x d_sae is: on CPU about 24 MiB and 1.5 MiB
+    per thread, in Triton at most 160 MiB.
 
-    Under autocast, tensors of different floating dtypes are brought to W_enc's. Raises TypeError or ValueError that names
-    the argument, before any work.
+    Under autocast, tensors of different floating dtypes are brought to W_enc's. Raises TypeError or ValueError that
+    names the argument, before any work.
     """
     x_dtype = x.dtype if isinstance(x, Tensor) else None
     x, b_enc = _autocast.widened(W_enc, x, b_enc)
