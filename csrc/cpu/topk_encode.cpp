@@ -64,6 +64,16 @@ template <class A> struct CandidateBuffer {
   Candidates<A> row(int64_t r) const { return Candidates<A>{ranks.p, tags.p, capacity}.row(r); }
 };
 
+// Row r of the first split takes in its candidates of the others; a split's rows stand `rows` after those of the one before.
+template <class A>
+void merge_rows(Row<A>* state, const CandidateBuffer<A>& candidates, int64_t r, int64_t rows, int64_t splits, int64_t k) {
+  for (int64_t other = rows + r; other < splits * rows; other += rows) {
+    const Candidates<A> from = candidates.row(other);
+    for (int64_t i = 0; i < state[other].count; ++i)
+      if (state[r].beaten_by(from.ranks[i], latent_of(from.tags[i]))) state[r].add(from.ranks[i], from.tags[i], candidates.row(r), k);
+  }
+}
+
 // How many panels the seed takes: at least 4 k latents, few enough for the second-level cache; 0 where that is not to be had.
 template <class A> int64_t seed_panels(int64_t k, int64_t panel_size, int64_t block) {
   const int64_t want = std::max<int64_t>(16, 4 * k / kNR<A>);
@@ -83,24 +93,31 @@ template <class T> void encode_many(const EncodeArgs<T>& args) {
   const int64_t panel_size = NR * d_in, padded = (panel_size + NR + 15) / 16 * 16;
   const int64_t block = std::clamp<int64_t>(kBlockBytes / (padded * sizeof(A)), 1, n_panels);
   const int64_t chunk = std::min(args.rows, std::max<int64_t>(kMR * workers, kCandidateBytes / (capacity * (sizeof(A) + 4))));
-  const int64_t fits = kTileBytes / (std::max<int64_t>(d_in, 1) * sizeof(A)), fair = (chunk + workers - 1) / workers;
+  // rows too few to go round: the workers share the panels of each tile, each with candidates of its own
+  const int64_t splits = chunk >= 8 * kMR * workers ? 1 : std::min(workers, block);
+  const int64_t fits = kTileBytes / (std::max<int64_t>(d_in, 1) * sizeof(A)), fair = (chunk * splits + workers - 1) / workers;
   const int64_t tile = (std::clamp<int64_t>(std::min(fits, fair), kMR, 20 * kMR) + kMR - 1) / kMR * kMR;
 
-  const int64_t seed = seed_panels<A>(k, panel_size, block);
+  const int64_t seed = seed_panels<A>(k, panel_size, block / splits);
   const int64_t seed_ranks = (kMR + 1) * seed * NR + kMR * seed;  // and a word of signs per row and panel
 
   Buffer<A> packed(block * padded), tiles(workers * tile * d_in);
   Buffer<Rank<A>> ranks(workers * seed_ranks);
   Buffer<Panel<A>> panels(block);
   Buffer<int32_t> latents(block * NR);
-  const CandidateBuffer<A> candidates(chunk, capacity);
+  const CandidateBuffer<A> candidates(chunk * splits, capacity);
   Buffer<Key<A>> keys(workers * k);
-  Buffer<Row<A>> state(chunk);
+  Buffer<Row<A>> state(chunk * splits);
   const Scatter scatter(n_panels);
 
   for (int64_t c0 = 0; c0 < args.rows; c0 += chunk) {
     const int64_t n = std::min(chunk, args.rows - c0), n_tiles = (n + tile - 1) / tile;
-    for (int64_t r = 0; r < n; ++r) state[r].reset(args.activation);
+    const auto write = [&](int64_t worker, int64_t r) {
+      merge_rows(state.p, candidates, r, chunk, splits, k);
+      write_row(state[r], candidates.row(r), keys + worker * k, k, competitors, args.activation, args.values + (c0 + r) * k,
+                args.indices + (c0 + r) * k);
+    };
+    for (int64_t r = 0; r < chunk * splits; ++r) state[r].reset(args.activation);
     for (int64_t p0 = 0; p0 < n_panels; p0 += block) {
       const int64_t m = std::min(block, n_panels - p0);
       if (c0 == 0 || m < n_panels) {
@@ -109,8 +126,9 @@ template <class T> void encode_many(const EncodeArgs<T>& args) {
           pack_panel(args, competitors, scatter(p0 + p), panels[p], weights, weights + panel_size, latents + p * NR);
         });
       }
-      share_out(n_tiles, workers, [&](int64_t worker, int64_t t) {
-        const int64_t r0 = t * tile, rows = std::min(tile, n - r0);
+      share_out(n_tiles * splits, workers, [&](int64_t worker, int64_t task) {
+        const int64_t split = task % splits, r0 = task / splits * tile, rows = std::min(tile, n - r0);
+        const int64_t first = m * split / splits, count = m * (split + 1) / splits - first, place = split * chunk + r0;
         A* packed_x = tiles + worker * tile * d_in;
         for (int64_t r = 0; r < rows; r += kMR) {
           const T* source[kMR];
@@ -119,18 +137,17 @@ template <class T> void encode_many(const EncodeArgs<T>& args) {
           pack<kMR>(source, filled, d_in, packed_x + r * d_in);
         }
         const bool abs = args.activation == kAbs;
-        const int64_t done = p0 == 0 ? seed : 0;
+        const int64_t done = p0 == 0 ? std::min(seed, count) : 0;
         if (done > 0)
-          (abs ? seed_tile<A, true> : seed_tile<A, false>)(packed_x, rows, panels.p, done, d_in, state + r0, candidates.row(r0), k,
-                                                           ranks + worker * seed_ranks);
-        (abs ? filter_tile<A, true> : filter_tile<A, false>)(packed_x, rows, panels + done, m - done, d_in, state + r0,
-                                                             candidates.row(r0), k);
-        if (p0 + m < n_panels) return;
-        for (int64_t r = r0; r < r0 + rows; ++r)
-          write_row(state[r], candidates.row(r), keys + worker * k, k, competitors, args.activation, args.values + (c0 + r) * k,
-                    args.indices + (c0 + r) * k);
+          (abs ? seed_tile<A, true> : seed_tile<A, false>)(packed_x, rows, panels + first, done, d_in, state + place,
+                                                           candidates.row(place), k, ranks + worker * seed_ranks);
+        (abs ? filter_tile<A, true> : filter_tile<A, false>)(packed_x, rows, panels + (first + done), count - done, d_in,
+                                                             state + place, candidates.row(place), k);
+        if (splits == 1 && p0 + m == n_panels)
+          for (int64_t r = r0; r < r0 + rows; ++r) write(worker, r);
       });
     }
+    if (splits > 1) share_out(n, workers, write);
   }
 }
 
@@ -217,11 +234,7 @@ template <class T> void encode_few(const EncodeArgs<T>& args) {
     }
   });
   for (int64_t r = 0; r < rows; ++r) {
-    for (int64_t w = 1; w < workers; ++w) {
-      const Candidates<A> other = candidates.row(w * rows + r);
-      for (int64_t i = 0; i < state[w * rows + r].count; ++i)
-        if (state[r].beaten_by(other.ranks[i], latent_of(other.tags[i]))) state[r].add(other.ranks[i], other.tags[i], candidates.row(r), k);
-    }
+    merge_rows(state.p, candidates, r, rows, workers, k);
     write_row(state[r], candidates.row(r), keys.p, k, competitors, args.activation, args.values + r * k, args.indices + r * k);
   }
 }
