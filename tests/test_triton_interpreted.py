@@ -39,6 +39,11 @@ def test_forcing_triton_where_it_cannot_run():
         assert code == 1 and "backend 'triton' cannot run: there is no CUDA device" in out
         code, out = run("-c", FORCE.format(before="") + "\nsk.ActivationStats(4)", TRITON_INTERPRET="1")
         assert code == 0, out
+        named = "import sae_kernels as sk; print(sk.info()['backend'])"
+        code, out = run("-c", named, TRITON_INTERPRET="1", SAE_KERNELS_BACKEND="triton")
+        assert code == 0 and "triton" in out, out
+        code, out = run("-c", named, SAE_KERNELS_BACKEND="triton")
+        assert code == 1 and "SAE_KERNELS_BACKEND: backend 'triton' cannot run: there is no CUDA device" in out
 
 
 def test_the_choice_on_cuda(monkeypatch):

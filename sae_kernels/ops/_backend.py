@@ -12,6 +12,7 @@ from torch import Tensor
 from .. import _native
 
 BACKENDS = ("auto", "reference", "cpu", "triton", "cuda")
+_broken: str | None = None  # why Triton could not build a kernel in this process
 
 
 def _checked(name: str, origin: str) -> str:
@@ -46,7 +47,6 @@ def triton_error() -> str | None:
 
 _forced = _checked(os.environ.get("SAE_KERNELS_BACKEND", "auto"), "SAE_KERNELS_BACKEND")
 _warned = False
-_broken: str | None = None  # why Triton could not build a kernel in this process
 
 
 @contextlib.contextmanager
