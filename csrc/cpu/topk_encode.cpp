@@ -31,7 +31,7 @@ namespace SK_ISA {
 namespace {
 
 constexpr int64_t kBlockBytes = 8 << 20, kCandidateBytes = 16 << 20, kTileBytes = 512 << 10;
-constexpr int64_t kFewRows = 16;
+constexpr int64_t kFewRows = 16, kWorkOfOne = 6 << 20;
 
 // Panels in an order that looks random to any structure along d_sae: steps of the golden ratio, made coprime to n.
 struct Scatter {
@@ -152,7 +152,7 @@ template <class T> void encode_many(const EncodeArgs<T>& args) {
 }
 
 // Dot products of 4 latents with up to 4 rows, along d_in, straight from W_enc.
-template <class T, int R>
+template <class T, int R, bool Ahead>
 inline void dot4(const T* const (&w)[4], const Acc<T>* x, int64_t d_in, Acc<T> (&out)[4][R]) {
   using A = Acc<T>;
   constexpr int L = kLanes<A>;
@@ -162,6 +162,9 @@ inline void dot4(const T* const (&w)[4], const Acc<T>* x, int64_t d_in, Acc<T> (
     Vec<A> wide[4];
 #pragma GCC unroll 4
     for (int f = 0; f < 4; ++f) wide[f] = load(w[f] + c);
+    if (Ahead)
+#pragma GCC unroll 4
+      for (int f = 0; f < 4; ++f) __builtin_prefetch(w[f] + c + 8 * d_in);  // the rows after the next four
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
       const Vec<A> row = load(x + r * d_in + c);
@@ -184,7 +187,7 @@ void filter_rows(const EncodeArgs<T>& args, const Acc<T>* x, const int32_t (&lat
   const T* w[4];
   for (int f = 0; f < 4; ++f) w[f] = args.W + latents[f < n ? f : 0] * args.d_in;
   A scores[4][R];
-  dot4<T, R>(w, x, args.d_in, scores);
+  dot4<T, R, R == 1>(w, x, args.d_in, scores);
   for (int f = 0; f < n; ++f) {
     const A bias = args.bias ? to_acc(args.bias[latents[f]]) : A(0);
     for (int r = 0; r < R; ++r) {
@@ -203,7 +206,8 @@ template <class T> void encode_few(const EncodeArgs<T>& args) {
   const int64_t d_in = args.d_in, k = args.k, rows = args.rows;
   const Competitors competitors{args.competitors, args.n_competitors, args.rest};
   const int64_t quads = (competitors.count + 3) / 4;
-  const int64_t workers = std::clamp<int64_t>(quads * 4 * d_in / 32768, 1, num_threads());
+  // a thread that sleeps can take milliseconds to come: it is called for a few million multiply-adds, not for less
+  const int64_t workers = std::clamp<int64_t>(rows * competitors.count * d_in / kWorkOfOne, 1, num_threads());
   const int64_t capacity = capacity_of<A>(k);
 
   // one state per worker and row; the first worker's then takes in the others'
