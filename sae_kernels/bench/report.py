@@ -59,7 +59,7 @@ def headline(found: Results) -> str:
         "encode, ms",
         "of `F.linear` alone",
         "linear + relu + topk",
-        "encode + gradients",
+        "its backward",
         "training step, ms",
     ]
     head += ["plain torch", "eai-sparsify", "sae-lens", "dictionary-learning"]
