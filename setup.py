@@ -15,7 +15,8 @@ X86 = platform.machine() in ("x86_64", "AMD64")
 ISAS = {"generic": []}
 if X86:
     ISAS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
-    ISAS["avx512"] = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c", "-mprefer-vector-width=512"]
+    ISAS["avx512"] = [*(f"-mavx512{part}" for part in ("f", "bw", "dq", "vl")), "-mfma", "-mf16c"]
+    ISAS["avx512"].append("-mprefer-vector-width=512")
 FLAGS = ["-std=c++20", "-O3", "-fno-math-errno", "-fvisibility=hidden", "-Wall", "-Wno-psabi"]
 TARGET = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DPy_LIMITED_API=0x030A0000"]
 
@@ -70,7 +71,8 @@ class BuildNative(build_ext):
 
         def compile_one(job):
             source, folder, flags = job
-            return self.compiler.compile([source], output_dir=str(folder), include_dirs=["csrc", *include], extra_postargs=flags)
+            where = {"output_dir": str(folder), "include_dirs": ["csrc", *include]}
+            return self.compiler.compile([source], extra_postargs=flags, **where)
 
         from concurrent.futures import ThreadPoolExecutor
 

@@ -21,7 +21,8 @@ def _load() -> None:
     found = sorted(_here.glob("_C_cpu*.so"))
     if not found:
         note = _here / "_native_build.txt"
-        cpu_error = note.read_text().strip() if note.is_file() else "not built: no compiler or no torch was there at install time"
+        unbuilt = "not built: no compiler or no torch was there at install time"
+        cpu_error = note.read_text().strip() if note.is_file() else unbuilt
         return
     try:
         torch.ops.load_library(found[-1])
@@ -40,7 +41,7 @@ def cpu_loaded() -> bool:
 def cpu_isa(force: str | None = None) -> str | None:
     """The instruction set the CPU kernels run on; `force` names another one, "auto" returns to the best.
 
-    Returns None where the native library is absent. Raises ValueError for a name that is unknown or that this CPU lacks.
+    Returns None where the native library is absent. Raises ValueError for a name unknown or lacking here.
     """
     if _handle is None:
         return None

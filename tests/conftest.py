@@ -14,7 +14,8 @@ SHARED = Path(__file__).parents[2] / "shared" / "data"
 def pytest_sessionstart(session):
     compiler = shutil.which("c++") or shutil.which("g++")
     if compiler and not _native.cpu_loaded():
-        pytest.exit(f"a compiler is here ({compiler}) and the native CPU library is not: {_native.cpu_error}", returncode=1)
+        cause = f"a compiler is here ({compiler}) and the native CPU library is not: {_native.cpu_error}"
+        pytest.exit(cause, returncode=1)
 
 
 def available_isas() -> list[str]:

@@ -42,7 +42,9 @@ class ModelOutput(collections.OrderedDict):
         return self[name]
 
 
-Pair = typing.NamedTuple("Pair", [("hidden", torch.Tensor), ("other", torch.Tensor)])
+class Pair(typing.NamedTuple):
+    hidden: torch.Tensor
+    other: torch.Tensor
 
 RETURNS = {
     "tensor": lambda h, o: h,

@@ -2,7 +2,6 @@
 
 import copy
 import io
-import math
 from pathlib import Path
 
 import pytest

@@ -83,7 +83,8 @@ def test_shapes_and_strides():
     assert torch.equal(sk.sparse_decode(*columns, b), y)
     assert sk.sparse_decode(values[:0], indices[:0], W, b).shape == (0, 10)
     expanded = torch.ones(1, 10).expand(60, 10)  # a gradient with stride 0, as sum() makes
-    assert torch.equal(gradients(values, indices, W, b, expanded)[2], gradients(values, indices, W, b, torch.ones(60, 10))[2])
+    want = gradients(values, indices, W, b, torch.ones(60, 10))[2]
+    assert torch.equal(gradients(values, indices, W, b, expanded)[2], want)
 
 
 @settings(max_examples=60, deadline=None)
@@ -160,7 +161,8 @@ def test_bad_input():
 def test_index_out_of_range(isa, backend, bad):
     values, indices, W, b = case(9, 4, 30, 10, torch.float32)
     indices[8, 3] = bad
-    with sk.backend(backend), pytest.raises(ValueError, match=rf"indices must be in \[0, d_sae = 30\), got values from .*{bad}"):
+    message = rf"indices must be in \[0, d_sae = 30\), got values from .*{bad}"
+    with sk.backend(backend), pytest.raises(ValueError, match=message):
         sk.sparse_decode(values, indices, W, b)
     wide = indices.long()
     wide[8, 3] = bad + 2**32  # in range once truncated to 32 bits

@@ -38,7 +38,8 @@ def assert_is_topk(values, indices, x, W, b, k, activation="relu"):
     assert (chosen.sort(-1).values.diff(dim=-1) > 0).all(), "an index stands twice in a row"
     # |computed - exact| <= n_ops * eps * sum |x_i w_i|
     accumulator = reference.accumulator(x.dtype)
-    magnitude = linear(x.double().abs(), W.double().abs(), None if b is None else b.double().abs()).amax(-1, keepdim=True)
+    sizes = [None if t is None else t.double().abs() for t in (x, W, b)]
+    magnitude = linear(*sizes).amax(-1, keepdim=True)
     error = (x.shape[1] + 1) * torch.finfo(accumulator).eps * magnitude
     value = pre if activation != "relu" else score
     slack = error + EPS[x.dtype] * score.amax(-1, keepdim=True)
@@ -110,7 +111,10 @@ def adversarial(kind):
     return x, W, b
 
 
-@pytest.mark.parametrize("kind", ["ascending by column", "descending by column", "clustered", "all negative", "constant"])
+ORDERS = ["ascending by column", "descending by column", "clustered", "all negative", "constant"]
+
+
+@pytest.mark.parametrize("kind", ORDERS)
 @pytest.mark.parametrize("rows", [2, 40])
 def test_adversarial_orders(isa, rows, kind):
     x, W, b = adversarial(kind)
@@ -152,7 +156,8 @@ def test_shapes_and_strides(isa):
     x, W, b = small_integers(60, 10, 77, torch.float32)
     values, indices = sk.topk_encode(x, W, b, 6)
     v3, i3 = sk.topk_encode(x.view(3, 20, 10), W, b, 6)
-    assert v3.shape == i3.shape == (3, 20, 6) and torch.equal(v3.view(60, 6), values) and torch.equal(i3.view(60, 6), indices)
+    assert v3.shape == i3.shape == (3, 20, 6)
+    assert torch.equal(v3.view(60, 6), values) and torch.equal(i3.view(60, 6), indices)
     v1, i1 = sk.topk_encode(x[0], W, b, 6)
     assert torch.equal(v1, values[0]) and torch.equal(i1, indices[0])
     strided = sk.topk_encode(x.mT.contiguous().mT, W.mT.contiguous().mT, b.repeat_interleave(2)[::2], 6)
@@ -203,7 +208,8 @@ def test_any_shape(rows, d_in, d_sae, data):
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 def test_gradcheck(backend, activation):
     g = torch.Generator().manual_seed(0)
-    x, W, b = (torch.randn(*s, dtype=torch.float64, generator=g, requires_grad=True) for s in ((2, 4, 5), (11, 5), (11,)))
+    shapes = ((2, 4, 5), (11, 5), (11,))
+    x, W, b = (torch.randn(*s, dtype=torch.float64, generator=g, requires_grad=True) for s in shapes)
     mask = torch.arange(11) % 3 > 0
     with sk.backend(backend):
         for latent_mask in (None, mask):

@@ -10,7 +10,8 @@ def tensor(op: str, name: str, value: object, dims: int | None = None) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{op}: {name} must be a tensor, got {type(value).__name__}")
     if dims is not None and value.dim() != dims:
-        raise ValueError(f"{op}: {name} must have {dims} dimension{'s' if dims > 1 else ''}, got shape {tuple(value.shape)}")
+        plural = "s" if dims > 1 else ""
+        raise ValueError(f"{op}: {name} must have {dims} dimension{plural}, got shape {tuple(value.shape)}")
 
 
 def floating(op: str, **tensors: Tensor | None) -> None:
@@ -28,7 +29,8 @@ def floating(op: str, **tensors: Tensor | None) -> None:
 
 def same_device(op: str, first_name: str, first: Tensor, name: str, t: Tensor) -> None:
     if t.device != first.device:
-        raise ValueError(f"{op}: {name} is on {t.device} and {first_name} is on {first.device}; they must be on one device")
+        places = f"{name} is on {t.device} and {first_name} is on {first.device}"
+        raise ValueError(f"{op}: {places}; they must be on one device")
 
 
 def integer(op: str, name: str, value: object, low: int, high: int) -> None:
