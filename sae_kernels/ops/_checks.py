@@ -16,15 +16,25 @@ def tensor(op: str, name: str, value: object, dims: int | None = None) -> None:
 
 def floating(op: str, **tensors: Tensor | None) -> None:
     """All of them one supported floating dtype on one device."""
-    first_name, first = next((n, t) for n, t in tensors.items() if t is not None)
-    if first.dtype not in FLOATS:
-        raise TypeError(f"{op}: {first_name} must be float32, float64, bfloat16 or float16, got {first.dtype}")
+    first_name = first = None
     for name, t in tensors.items():
         if t is None:
             continue
-        if t.dtype != first.dtype:
-            raise TypeError(f"{op}: {name} is {t.dtype} and {first_name} is {first.dtype}; they must have one dtype")
-        same_device(op, first_name, first, name, t)
+        if first is None:
+            first_name, first = name, t
+            if t.dtype not in FLOATS:
+                raise TypeError(f"{op}: {name} must be float32, float64, bfloat16 or float16, got {t.dtype}")
+            dtype, device = t.dtype, t.device
+            continue
+        if t.dtype != dtype:
+            raise TypeError(f"{op}: {name} is {t.dtype} and {first_name} is {dtype}; they must have one dtype")
+        if t.device != device:
+            same_device(op, first_name, first, name, t)
+
+
+def needs_grad(*tensors: Tensor | None) -> bool:
+    """Whether autograd has to see the call. Where it need not, the op is called without its costs."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def same_device(op: str, first_name: str, first: Tensor, name: str, t: Tensor) -> None:

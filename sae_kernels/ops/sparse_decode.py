@@ -55,8 +55,11 @@ def sparse_decode(values: Tensor, indices: Tensor, W_dec: Tensor, b_dec: Tensor 
     """
     values, b_dec = _autocast.widened(W_dec, values, b_dec)
     _check(values, indices, W_dec, b_dec)
+    run = _SparseDecode.apply if _checks.needs_grad(values, W_dec, b_dec) else _SparseDecode.forward
+    if values.dim() == 2:
+        return run(values, indices, W_dec, b_dec, pick(values.device))
     k = values.shape[-1]
-    y = _SparseDecode.apply(values.reshape(-1, k), indices.reshape(-1, k), W_dec, b_dec, pick(values.device))
+    y = run(values.reshape(-1, k), indices.reshape(-1, k), W_dec, b_dec, pick(values.device))
     return y.reshape(*values.shape[:-1], W_dec.shape[1])
 
 

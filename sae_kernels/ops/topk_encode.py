@@ -69,10 +69,13 @@ def topk_encode(
     x_dtype = x.dtype if isinstance(x, Tensor) else None
     x, b_enc = _autocast.widened(W_enc, x, b_enc)
     _check(x, W_enc, b_enc, k, activation, latent_mask)
-    flat = x.reshape(-1, x.shape[-1])
-    values, indices = _TopKEncode.apply(flat, W_enc, b_enc, k, activation, latent_mask, pick(x.device))
-    shape = (*x.shape[:-1], k)
-    return values.reshape(shape).to(x_dtype), indices.reshape(shape)
+    flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    run = _TopKEncode.apply if _checks.needs_grad(x, W_enc, b_enc) else _TopKEncode.forward
+    values, indices = run(flat, W_enc, b_enc, k, activation, latent_mask, pick(x.device))
+    if x.dim() != 2:
+        shape = (*x.shape[:-1], k)
+        values, indices = values.reshape(shape), indices.reshape(shape)
+    return values if values.dtype == x_dtype else values.to(x_dtype), indices
 
 
 def _check(x, W_enc, b_enc, k, activation, latent_mask) -> None:
