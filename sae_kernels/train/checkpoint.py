@@ -1,28 +1,18 @@
 """Checkpoints: one folder, replaced as a whole; weights in safetensors, the rest in plain tensors and numbers."""
 
-import importlib
 import json
 import os
 import shutil
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import nn
 
+from .._need import need
+
 FORMAT = 1
 CONFIG = ("d_in", "d_sae", "k", "activation", "normalize", "k_aux", "aux_coef", "aux_rows", "dead_after")
-
-
-def need(module: str, purpose: str, extra: str) -> ModuleType:
-    """Imports an optional dependency. Raises ImportError saying which extra brings it."""
-    try:
-        return importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        if error.name != module.partition(".")[0]:
-            raise
-        raise ImportError(f"{purpose} needs {error.name}: pip install 'sae-kernels[{extra}]'") from None
 
 
 def save_sae(sae: nn.Module, path: str | os.PathLike) -> None:
