@@ -1,7 +1,9 @@
 """The reconstruction loss and AuxK, without row-sized temporaries and without a host sync."""
 
+from __future__ import annotations
+
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -9,6 +11,10 @@ from torch import Tensor
 from ..ops import sparse_decode, topk_encode
 from ..ops.reference import accumulator
 from .code import SparseCode
+from .group import summed
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 _BLOCK_ELEMENTS = 2**20
 _FUSED_ELEMENTS = 2**21  # 8 MiB of float32
@@ -124,8 +130,8 @@ class _BlockwiseError(torch.autograd.Function):
 
 
 @torch.no_grad()
-def total_variance(x: Tensor, weight: Tensor | None = None) -> Tensor:
-    """sum_n weight[n] * |x[n] - mean|^2 of x [N, d].
+def total_variance(x: Tensor, weight: Tensor | None = None, group: ProcessGroup | None = None) -> Tensor:
+    """sum_n weight[n] * |x[n] - mean|^2 of x [N, d], over the rows of all processes of `group`.
 
     Where that is 0 but for rounding (one row, equal rows) the sum of squares about zero, and 1 where that is 0 as well:
     the result can always be divided by.
@@ -137,10 +143,14 @@ def total_variance(x: Tensor, weight: Tensor | None = None) -> Tensor:
     for block in row_blocks(x):
         part = x[block].to(acc)
         total = total + (part if weight is None else part * weight[block].unsqueeze(-1)).sum(0)
+    if group is not None:
+        total, mass = summed(torch.cat([total, mass.to(acc).reshape(1)]), group).split([x.shape[1], 1])
+        mass = mass.squeeze(0)
     mean = total / torch.where(mass > 0, mass, 1)
     variance = zero
     for block in row_blocks(x):
         variance = variance + _weighted_square(x[block].to(acc) - mean, None if weight is None else weight[block])
+    variance = summed(variance, group)
     about_zero = variance + mass * mean.square().sum()
     variance = torch.where(variance > (16 * torch.finfo(acc).eps) ** 2 * about_zero, variance, about_zero)
     return torch.where(variance > 0, variance, 1)
@@ -157,17 +167,18 @@ def auxk_loss(
     k: int,
     activation: str,
     weight: Tensor | None,
+    group: ProcessGroup | None = None,
 ) -> Tensor:
     """How much of the residual the dead latents leave: |e - e_hat|^2 / |e|^2 (AuxK of Gao et al. 2024).
 
     x, residual [N, d_in], taken as constants; candidates [m] latents, dead [m] bool says which of them count; k <= m.
     Gradient goes to the dead candidates' rows of W_enc, b_enc and W_dec alone; exactly 0, with gradient 0, where none
-    is dead.
+    is dead. With a group, |e|^2 is that of the rows of all its processes: the results add up to the whole's.
     """
     values, indices = topk_encode(
         x.detach(), W_enc[candidates], b_enc[candidates], k, activation=activation, latent_mask=dead
     )
     residual = residual.detach()
     left = squared_error(sparse_decode(values, indices, W_dec[candidates]), residual, weight)
-    energy = squared_error(torch.zeros_like(residual), residual, weight)
+    energy = summed(squared_error(torch.zeros_like(residual), residual, weight), group)
     return torch.where(dead.any(), left / torch.where(energy > 0, energy, 1), 0)

@@ -1,6 +1,9 @@
 """TopKSAE: a sparse autoencoder that keeps the k strongest latents of every row."""
 
+from __future__ import annotations
+
 import json
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -10,8 +13,12 @@ from ..ops.reference import accumulator
 from ..ops.topk_encode import ACTIVATIONS
 from .code import SparseCode
 from .constrain import ConstraintHandle, normalize_rows_, project_rows_
+from .group import summed
 from .loss import SAELoss, auxk_loss, reconstruction_error, row_blocks, total_variance
 from .normalize import Normalizer
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class TopKSAE(nn.Module):
@@ -29,6 +36,9 @@ class TopKSAE(nn.Module):
     x of any leading dimensions and any floating dtype; it is computed in the parameters' dtype and returned in its own.
     Raises TypeError or ValueError naming the argument.
     """
+
+    data_group: ProcessGroup | None = None
+    """The processes that share a batch, row i being with process i mod their number; set while they train together."""
 
     def __init__(
         self,
@@ -145,6 +155,9 @@ class TopKSAE(nn.Module):
         not depend on the scale of x. weight [...], bool (a mask) or floating and not negative, weighs the rows; rows of
         weight 0 count nowhere, whatever they hold. In training mode `rows_since_fired` is brought up to date. No host
         sync on a GPU.
+
+        With a `data_group`, x is this process's part of the batch, and loss, mse, aux and l0 are its shares of the
+        whole batch's: they add up over the group, and so do their gradients.
         """
         self._check_input(x)
         shape, rows = x.shape[:-1], x.reshape(-1, self.d_in)
@@ -157,10 +170,10 @@ class TopKSAE(nn.Module):
         fires = (values != 0).sum(-1, dtype=torch.float32)
         if self.training:
             self._count_firings(values, indices, weight)
-        scale_of_error = total_variance(normalized, weight)
+        scale_of_error = total_variance(normalized, weight, self.data_group)
         mse = reconstruction_error(values, indices, self.W_dec, self.b_dec, normalized, weight, scale_of_error)
         aux = self._aux(normalized, values, indices, weight) if self.aux_coef else torch.zeros_like(mse)
-        mass = fires.new_zeros(()) + fires.shape[0] if weight is None else weight.sum()
+        mass = summed(fires.new_zeros(()) + fires.shape[0] if weight is None else weight.sum(), self.data_group)
         l0 = (fires if weight is None else fires * weight).sum() / torch.where(mass > 0, mass, 1)
         code = SparseCode(
             values.to(x.dtype).reshape(*shape, self.k),
@@ -207,8 +220,13 @@ class TopKSAE(nn.Module):
                 fires = fires & (weight[block] > 0).unsqueeze(-1)
             # slots that do not fire go to one latent too many; every write is the same, so the order does not matter
             fired.index_fill_(0, torch.where(fires, indices[block], self.d_sae).reshape(-1).long(), True)
-        self.rows_since_fired.add_(values.shape[0] if weight is None else (weight > 0).sum())
-        self.rows_since_fired.masked_fill_(fired[: self.d_sae], 0)
+        fired, seen = fired[: self.d_sae], values.shape[0] if weight is None else (weight > 0).sum()
+        if self.data_group is not None:
+            counts = torch.cat([fired.int(), torch.zeros_like(fired[:1], dtype=torch.int32) + seen])
+            counts = summed(counts, self.data_group)
+            fired, seen = counts[:-1] > 0, counts[-1]
+        self.rows_since_fired.add_(seen)
+        self.rows_since_fired.masked_fill_(fired, 0)
 
     def _aux(self, x: Tensor, values: Tensor, indices: Tensor, weight: Tensor | None) -> Tensor:
         dead = self.dead
@@ -216,7 +234,7 @@ class TopKSAE(nn.Module):
             return x.new_zeros((), dtype=accumulator(x.dtype))  # a look at a CPU tensor is no sync
         m = min(self.d_sae, max(self.k_aux, self.d_sae // 4))
         candidates = self.rows_since_fired.topk(m).indices
-        few = slice(0, self.aux_rows)
+        few = slice(0, self._aux_rows_here())
         centred = x[few].detach() - self.b_dec.detach()
         y = sparse_decode(values[few].detach(), indices[few], self.W_dec.detach(), None)
         return auxk_loss(
@@ -230,7 +248,14 @@ class TopKSAE(nn.Module):
             self.k_aux,
             self.activation,
             None if weight is None else weight[few],
+            self.data_group,
         )
+
+    def _aux_rows_here(self) -> int:
+        if self.data_group is None:
+            return self.aux_rows
+        size, rank = torch.distributed.get_world_size(self.data_group), torch.distributed.get_rank(self.data_group)
+        return max(0, -((rank - self.aux_rows) // size))
 
     def _check_input(self, x: Tensor) -> None:
         _checks.tensor("TopKSAE", "x", x)
