@@ -39,7 +39,7 @@ def prepare(
     w: Workload | None = None,
 ) -> Prepared:
     """Builds the call and, with gate, checks its result against fp64. Whatever a provider raises becomes its status."""
-    backend = ours_backend() if provider.backend == "auto" and device == "cpu" else provider.backend
+    backend = ours_backend(device) if provider.backend == "auto" else provider.backend
     if provider.package is not None:
         try:
             importlib.import_module(provider.package)
@@ -48,7 +48,7 @@ def prepare(
             return Prepared(None, f"skipped: {provider.package} is not importable: {text}", backend)
     w = Workload(case, device) if w is None else w
     try:
-        with measure.memory_guard():
+        with measure.memory_guard(device):
             built = provider.build(op, mode, w)
             wrong = _wrong(provider, built, op, mode, w) if gate else None
     except Exception as error:

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -67,8 +68,15 @@ class Ceilings:
         return max(flops(op, mode, case) / self.product, least_bytes(op, mode, case) / self.copy)
 
 
-def ceilings(dtypes: set[str], device: str = "cpu", size: int = 2048, mib: int = 256) -> dict[str, Ceilings]:
-    """Per dtype; the product is the fastest of float32's and the dtype's own, as a kernel may upcast."""
+def ceilings(
+    dtypes: set[str], device: str = "cpu", size: int | None = None, mib: int | None = None
+) -> dict[str, Ceilings]:
+    """Per dtype; the product is the fastest of float32's and the dtype's own, as a kernel may upcast.
+
+    size, mib: of the product's square matrices and of the copy's source; None: what fills the device.
+    """
+    size = size or (8192 if is_cuda(device) else 2048)
+    mib = mib or (4096 if is_cuda(device) else 256)
     source = torch.ones(mib * 2**18, device=device)
     target = torch.empty_like(source)
     copy = 2 * source.numel() * 4 / best_seconds(lambda: target.copy_(source), device)
@@ -84,18 +92,41 @@ def best_seconds(run: Callable[[], Any], device: str, times: int = 5) -> float:
 
 
 def seconds(run: Callable[[], Any], calls: int, device: str = "cpu") -> float:
-    """Mean seconds of one of `calls` calls in a row."""
-    synchronize(device)
+    """Mean seconds of one of `calls` calls in a row; on a GPU by its own clock, each call with a cold L2 cache."""
+    if is_cuda(device):
+        return _event_seconds(run, calls, device)
     start = time.perf_counter()
     for _ in range(calls):
         run()
-    synchronize(device)
     return (time.perf_counter() - start) / calls
 
 
-def synchronize(device: str) -> None:
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
+def _event_seconds(run: Callable[[], Any], calls: int, device: str) -> float:
+    """The overwriting of the cache also keeps the device busy while the host launches the call."""
+    pairs = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(calls)]
+    for start, end in pairs:
+        _cache_filler(device).zero_()
+        start.record()
+        run()
+        end.record()
+    torch.cuda.synchronize()
+    return 1e-3 * sum(start.elapsed_time(end) for start, end in pairs) / calls
+
+
+@cache
+def _cache_filler(device: str) -> torch.Tensor:
+    return torch.empty(4 * torch.cuda.get_device_properties(device).L2_cache_size, dtype=torch.uint8, device=device)
+
+
+def is_cuda(device: str) -> bool:
+    return device.startswith("cuda")
+
+
+def release(device: str) -> None:
+    """Gives what the last comparison left behind back to the device."""
+    gc.collect()
+    if is_cuda(device):
+        torch.cuda.empty_cache()
 
 
 def interleaved(
@@ -156,9 +187,12 @@ def _status(field: str) -> int:
 
 
 @contextlib.contextmanager
-def memory_guard(share: float = 0.9) -> Iterator[None]:
-    """Inside, an allocation beyond `share` of the memory left raises instead of bringing the machine down (Linux)."""
-    free = available_bytes()
+def memory_guard(device: str = "cpu", share: float = 0.9) -> Iterator[None]:
+    """Inside, an allocation beyond `share` of the memory left raises instead of bringing the machine down (Linux).
+
+    Work on a GPU is left alone: its driver maps more than the host has, and the device raises by itself.
+    """
+    free = None if is_cuda(device) else available_bytes()
     if free is None:
         yield
         return
@@ -182,7 +216,7 @@ def peak_extra_bytes(run: Callable[[], Any], op: str, mode: str, case: Case, dev
     process whose allocator gives freed blocks back (MALLOC_MMAP_THRESHOLD_). None where the system has no such counter.
     """
     gc.collect()
-    if device.startswith("cuda"):
+    if is_cuda(device):
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
@@ -211,7 +245,7 @@ def peak_extra_bytes(run: Callable[[], Any], op: str, mode: str, case: Case, dev
 
 def device_name(device: str) -> str:
     """CPU: the model and the threads torch uses."""
-    if device.startswith("cuda"):
+    if is_cuda(device):
         return torch.cuda.get_device_name(device)
     model = "cpu"
     with contextlib.suppress(OSError):

@@ -1,7 +1,7 @@
 """The registry of providers: ours per backend, torch, torch.compile, embedding_bag, F.linear alone, the peers."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import sae_kernels as sk
+from sae_kernels.ops._backend import pick
 
 from . import peers
 from .call import Call, Unsupported, leaf
@@ -29,7 +30,7 @@ class Built(NamedTuple):
 class Provider:
     """name and backend stand in the result rows; build(op, mode, workload) raises Unsupported with a reason.
 
-    package: what must be installed. quick: part of the quick table.
+    package: what must be installed. quick: part of the quick table. only_on: the one kind of device it is for.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Provider:
     backend: str = "torch"
     package: str | None = None
     quick: bool = False
+    only_on: str | None = None
 
     @property
     def key(self) -> str:
@@ -131,26 +133,22 @@ OURS = {
 }
 
 
-def ours_backend() -> str:
-    """The backend our ops take on the CPU, with its instruction set."""
+def ours_backend(device: str = "cpu") -> str:
+    """The backend our ops take on the device, on a CPU with its instruction set."""
+    if device != "cpu":
+        return pick(torch.device(device))
     facts = sk.info()
     return f"cpu/{facts['instruction_set']}" if facts["backend"] == "cpu" else facts["backend"]
 
 
-def _forced_reference() -> Callable[[str, str, Workload], Built]:
-    build = _table(OURS, "no such op")
-
-    def forced(op: str, mode: str, w: Workload) -> Built:
-        with sk.backend("reference"):
-            call = build(op, mode, w).call
-
-        def run() -> Any:
-            with sk.backend("reference"):
-                return call.run()
-
-        return Built(Call(run, call.read))
-
-    return forced
+@contextmanager
+def _backend(name: str) -> Iterator[None]:
+    with ExitStack() as forced:
+        try:
+            forced.enter_context(sk.backend(name))
+        except ValueError as error:
+            raise Unsupported(str(error)) from None
+        yield
 
 
 @contextmanager
@@ -169,15 +167,16 @@ def _instruction_set(name: str) -> Iterator[None]:
         _native.cpu_isa("auto")
 
 
-def _forced_isa(name: str) -> Callable[[str, str, Workload], Built]:
+def _inside(around: Callable[[str], AbstractContextManager], name: str) -> Callable[[str, str, Workload], Built]:
+    """Ours, built and run inside around(name)."""
     build = _table(OURS, "no such op")
 
     def forced(op: str, mode: str, w: Workload) -> Built:
-        with _instruction_set(name):
+        with around(name):
             call = build(op, mode, w).call
 
         def run() -> Any:
-            with _instruction_set(name):
+            with around(name):
                 return call.run()
 
         return Built(Call(run, call.read))
@@ -274,8 +273,9 @@ def _providers() -> dict[str, Provider]:
             Provider(name, _table(makers, "its public API has no such call"), "torch", package)
             for name, package, makers in peers.PEERS
         ),
-        *(Provider("sae_kernels", _forced_isa(isa), f"cpu/{isa}") for isa in ISAS),
-        Provider("sae_kernels", _forced_reference(), "reference"),
+        *(Provider("sae_kernels", _inside(_instruction_set, isa), f"cpu/{isa}", only_on="cpu") for isa in ISAS),
+        *(Provider("sae_kernels", _inside(_backend, name), name, only_on="cuda") for name in ("triton", "cuda")),
+        Provider("sae_kernels", _inside(_backend, "reference"), "reference"),
     ]
     return {provider.key: provider for provider in found}
 

@@ -49,11 +49,11 @@ def run(
     A KeyboardInterrupt ends the run early and quietly: the rows measured so far are returned.
     """
     plan = list(_plan(ops, cases, full))
-    chosen = _providers(providers, full)
     if device != "cpu" and not (device.startswith("cuda") and torch.cuda.is_available()):
         raise ValueError(
             f"device {device!r} is not here; choose from cpu{', cuda' if torch.cuda.is_available() else ''}"
         )
+    chosen = chosen_providers(providers, full, device)
     budget = seconds_per_cell or (4.0 if full else 2.0)
     rows: list[Row] = []
     with contextlib.ExitStack() as stack:
@@ -67,7 +67,7 @@ def run(
         for dtype, limit in sorted(limits.items()):
             say(f"  {dtype}: copy {limit.copy / 1e9:.1f} GB/s, product {limit.product / 1e9:.0f} GFLOP/s")
         team = stack.enter_context(Team())
-        run_cell = _Cells(chosen, device, limits, facts, budget, 5 if full else 3, memory, full, checkout, team)
+        run_cell = Cells(chosen, device, limits, facts, budget, 5 if full else 3, memory, full, checkout, team)
         try:
             for op, mode, case in plan:
                 found = run_cell(op, mode, case)
@@ -139,11 +139,13 @@ def _plan(ops, cases, full) -> Iterable[tuple[str, str, Case]]:
     return triples
 
 
-def _providers(names: Iterable[str] | None, full: bool) -> list[Provider]:
+def chosen_providers(names: Iterable[str] | None, full: bool, device: str = "cpu") -> list[Provider]:
+    """The named ones, or all that are for the device (the quick table's unless full)."""
     if names:
         return [PROVIDERS[_known("provider", name, PROVIDERS)] for name in names]
-    same = f"sae_kernels:{ours_backend()}"  # forcing what is chosen anyway would measure it twice
-    return [p for p in PROVIDERS.values() if (full or p.quick) and p.key != same]
+    same = f"sae_kernels:{ours_backend(device)}"  # forcing what is chosen anyway would measure it twice
+    here = (p for p in PROVIDERS.values() if p.only_on is None or device.startswith(p.only_on))
+    return [p for p in here if (full or p.quick) and p.key != same]
 
 
 _Timer = Callable[[int], float]  # number of calls -> seconds of one
@@ -178,7 +180,7 @@ def _once(rows: list[Row], timed: dict[int, _Timer], calls: dict[int, int], numb
         return None
 
 
-class _Cells:
+class Cells:
     """Measures one (op, mode, case) with every provider."""
 
     def __init__(self, providers, device, limits, facts, budget, rounds, memory, full, checkout, team) -> None:
@@ -189,6 +191,12 @@ class _Cells:
     def __call__(self, op: str, mode: str, case: Case) -> list[Row]:
         if op in COLD_OPS:
             return self._cold(op, mode, case)
+        found = self._compare(op, mode, case)
+        self.team.rest()
+        measure.release(self.device)
+        return found
+
+    def _compare(self, op: str, mode: str, case: Case) -> list[Row]:
         impossible = self._impossible(op, mode, case)
         workload = Workload(case, self.device)
         rows: list[Row] = []
@@ -209,7 +217,6 @@ class _Cells:
                 if remote is not None:
                     timed[len(rows) - 1] = remote
             self._time(rows, timed, case)
-        self.team.rest()
         return [row for row in rows if self._tells(row)]
 
     def _impossible(self, op: str, mode: str, case: Case) -> str | None:
@@ -227,7 +234,7 @@ class _Cells:
         return not row.status.startswith(alone)
 
     def _row(self, op: str, mode: str, case: Case, provider: Provider) -> Row:
-        backend = ours_backend() if provider.backend == "auto" else provider.backend
+        backend = ours_backend(self.device) if provider.backend == "auto" else provider.backend
         facts = {name: self.facts[name] for name in ("device", "torch", "triton", "commit")}
         return Row(op, mode, provider.name, backend, *case.size, **facts)
 
@@ -245,11 +252,24 @@ class _Cells:
             return _asking(partial(self.team.ask, provider.key)) if row.status == measure.OK else None
         prepared = prepare(provider, op, mode, case, self.device, w=w)
         row.status, row.backend = prepared.status, prepared.backend
-        return self._local(prepared) if prepared.run is not None else None
+        if prepared.run is None or (self.device != "cpu" and not self._peak_on_device(row, prepared, case)):
+            return None
+        return self._local(prepared)
+
+    def _peak_on_device(self, row: Row, prepared: Prepared, case: Case) -> bool:
+        """Peak extra bytes of a second call: the first one compiles kernels and sets libraries up."""
+        if not self.memory:
+            return True
+        try:
+            prepared.run()
+            row.extra_bytes = measure.peak_extra_bytes(prepared.run, row.op, row.mode, case, self.device)
+        except Exception as error:
+            row.status = reason(error)
+        return row.status == measure.OK
 
     def _local(self, prepared: Prepared) -> _Timer:
         def timed(calls: int) -> float:
-            with measure.memory_guard():
+            with measure.memory_guard(self.device):
                 return measure.seconds(prepared.run, calls, self.device)
 
         return timed
@@ -266,8 +286,9 @@ class _Cells:
         return _asking(worker.ask) if row.status == measure.OK else None
 
     def _measure_memory(self, row: Row, provider: Provider, op: str, mode: str, case: Case) -> bool:
-        """In another process; False where the call cannot be made in this machine's memory."""
-        wanted = self.memory and op != "activation_stats" and provider.backend != "inductor"
+        """In another process; False where the call cannot be made in this machine's memory. Not for GPUs, which count
+        what they hand out."""
+        wanted = self.memory and self.device == "cpu" and op != "activation_stats" and provider.backend != "inductor"
         if not wanted or not (self.full or (op == "module" and mode == "step" and provider.key in MEMORY_IN_QUICK)):
             return True
         name = provider.key if provider.package is not None else "memory"
@@ -283,7 +304,8 @@ class _Cells:
         round_seconds = 0.0
         for number in timed:
             warm = once(number)
-            if warm is not None and warm < 0.1:  # the first call of a fast one is mostly first touch
+            # the first call of a fast one is mostly first touch, that of a GPU kernel mostly its compilation
+            if warm is not None and (warm < 0.1 or self.device != "cpu"):
                 warm = once(number)
             if warm is not None:
                 round_seconds += warm
@@ -312,7 +334,7 @@ class _Cells:
                     with Worker(threads=torch.get_num_threads()) as worker:
                         reply = worker.ask(
                             do="cold", package=package or "torch", op="topk_encode", mode="forward",
-                            case=asdict(case), provider=provider.key,
+                            case=asdict(case), provider=provider.key, device=self.device,
                         )  # fmt: skip
                 except WorkerDied as error:
                     reply = {"status": str(error)}

@@ -11,6 +11,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -182,24 +183,35 @@ class _Served:
         except Exception as error:
             return {"status": cell.reason(error), "bytes": None}
 
-    def cold(self, package: str, op: str, mode: str, case: dict[str, Any], provider: str) -> dict[str, Any]:
-        """Milliseconds to import `package` once torch is there, and of the first call."""
+    def cold(
+        self, package: str, op: str, mode: str, case: dict[str, Any], provider: str, device: str = "cpu"
+    ) -> dict[str, Any]:
+        """Seconds to import `package` once torch is there, and of the first call, with no kernel compiled before."""
         import torch
 
+        with tempfile.TemporaryDirectory(prefix="sae-kernels-cold-") as empty:
+            os.environ["TRITON_CACHE_DIR"] = os.environ["TORCHINDUCTOR_CACHE_DIR"] = empty
+            return self._cold(torch, package, op, mode, case, provider, device)
+
+    @staticmethod
+    def _cold(torch: Any, package: str, op: str, mode: str, case: dict, provider: str, device: str) -> dict[str, Any]:
         start = time.perf_counter()
         try:
             importlib.import_module(package)
         except Exception as error:
             return {"status": f"not importable: {' '.join(str(error).split())[:160]}"}
         imported = time.perf_counter() - start
-        torch.ones(8, 8) @ torch.ones(8, 8)
+        ones = torch.ones(8, 8, device=device)
+        float((ones @ ones).sum())
         cell, cases = _suite("cell"), _suite("cases")
         case["ops"] = tuple(case["ops"])
-        prepared = cell.prepare(_suite("providers").PROVIDERS[provider], op, mode, cases.Case(**case), gate=False)
+        workload = _suite("workload").Workload(cases.Case(**case), device)
+        chosen = _suite("providers").PROVIDERS[provider]
+        prepared = cell.prepare(chosen, op, mode, workload.case, device, gate=False, w=workload)
         if prepared.run is None:
             return {"status": prepared.status, "import": imported}
         try:
-            first = _suite("measure").seconds(prepared.run, 1)
+            first = _suite("measure").seconds(prepared.run, 1, device)
         except Exception as error:
             return {"status": cell.reason(error), "import": imported}
         return {"status": "ok", "import": imported, "first": first, "backend": prepared.backend}

@@ -15,9 +15,11 @@ class Workload:
     def __init__(self, case: Case, device: str = "cpu") -> None:
         self.case, self.device, self.dtype = case, device, getattr(torch, case.dtype)
 
+    def _generator(self, seed: int) -> torch.Generator:
+        return torch.Generator(self.device).manual_seed(seed)
+
     def _random(self, seed: int, *shape: int) -> Tensor:
-        generator = torch.Generator().manual_seed(seed)
-        return torch.randn(*shape, generator=generator).to(self.device, self.dtype)
+        return torch.randn(*shape, generator=self._generator(seed), device=self.device).to(self.dtype)
 
     @cached_property
     def x(self) -> Tensor:
@@ -62,10 +64,10 @@ class Workload:
 
     @cached_property
     def indices(self) -> Tensor:
-        generator = torch.Generator().manual_seed(7)
-        start = torch.randint(self.case.d_sae, (self.case.rows, 1), generator=generator, dtype=torch.int32)
-        offsets = torch.randperm(self.case.d_sae, generator=generator)[: self.case.k].int()
-        return ((start + offsets) % self.case.d_sae).to(self.device)
+        drawn = {"generator": self._generator(7), "device": self.device}
+        start = torch.randint(self.case.d_sae, (self.case.rows, 1), dtype=torch.int32, **drawn)
+        offsets = torch.randperm(self.case.d_sae, **drawn)[: self.case.k].int()
+        return (start + offsets) % self.case.d_sae
 
     @cached_property
     def grad_values(self) -> Tensor:
