@@ -1,0 +1,254 @@
+// The rows of an encoder on the CPU: a GEMM in registers whose epilogue filters against each row's running threshold.
+//
+// Per block of at most 8 MiB of W_enc, packed once and read from the last-level cache by all rows; per tile of rows, packed
+// into the second-level cache; per MR x NR register tile over the whole of d_in. A finished register tile is compared with
+// its rows' thresholds and dropped unless something passes: pre-activations are never stored. Panels of latents are visited
+// in a scattered order, so that scores sorted by latent raise the threshold as fast as random ones.
+// Few rows take another way (encode_few): dot products straight from W_enc, latents split over the threads.
+#pragma once
+
+#include <numeric>
+
+#include "cpu/latent_sums.h"
+#include "cpu/topk_tiles.h"
+
+namespace sae_kernels {
+
+// All pointers are contiguous row-major; d_sae, d_in, rows, k as in the contract.
+template <class T> struct EncodeArgs {
+  const T* x; const T* W; const T* bias;  // bias may be null
+  int64_t rows, d_in, d_sae, k;
+  int activation;
+  const int32_t* competitors; int64_t n_competitors; const int32_t* rest;  // competitors null: all
+  T* values; int32_t* indices;
+};
+
+namespace SK_ISA {
+
+constexpr int64_t kBlockBytes = 8 << 20, kCandidateBytes = 16 << 20, kTileBytes = 512 << 10;
+constexpr int64_t kFewRows = 16, kWorkOfOne = 6 << 20;
+
+// Panels in an order that looks random to any structure along d_sae: steps of the golden ratio, made coprime to n.
+struct Scatter {
+  int64_t n, step;
+  explicit Scatter(int64_t n) : n(n), step(std::max<int64_t>(1, static_cast<int64_t>(n * 0.6180339887498949))) {
+    while (std::gcd(step, n) != 1) ++step;
+  }
+  int64_t operator()(int64_t i) const { return i * step % n; }
+};
+
+template <class T> void pack_panel(const EncodeArgs<T>& args, const Competitors& competitors, int64_t panel, Panel<Acc<T>>& out,
+                                   Acc<T>* weights, Acc<T>* bias, int32_t* latents) {
+  constexpr int NR = kNR<Acc<T>>;
+  const T* rows[NR];
+  out = {weights, bias, latents, static_cast<int>(std::min<int64_t>(NR, competitors.count - panel * NR))};
+  for (int i = 0; i < out.n; ++i) {
+    latents[i] = competitors[panel * NR + i];
+    rows[i] = args.W + latents[i] * args.d_in;
+  }
+  for (int i = 0; i < NR; ++i) bias[i] = args.bias && i < out.n ? to_acc(args.bias[latents[i]]) : Acc<T>(0);
+  pack<NR>(rows, out.n, args.d_in, weights);
+}
+
+// Room for the candidates of n rows.
+template <class A> struct CandidateBuffer {
+  Buffer<Rank<A>> ranks;
+  Buffer<uint32_t> tags;
+  int64_t capacity;
+  CandidateBuffer(int64_t n, int64_t capacity) : ranks(n * capacity), tags(n * capacity), capacity(capacity) {}
+  Candidates<A> row(int64_t r) const { return Candidates<A>{ranks.p, tags.p, capacity}.row(r); }
+};
+
+// Row r of the first split takes in its candidates of the others; a split's rows stand `rows` after those of the one before.
+template <class A>
+void merge_rows(Row<A>* state, const CandidateBuffer<A>& candidates, int64_t r, int64_t rows, int64_t splits, int64_t k) {
+  for (int64_t other = rows + r; other < splits * rows; other += rows) {
+    const Candidates<A> from = candidates.row(other);
+    for (int64_t i = 0; i < state[other].count; ++i)
+      if (state[r].beaten_by(from.ranks[i], latent_of(from.tags[i]))) state[r].add(from.ranks[i], from.tags[i], candidates.row(r), k);
+  }
+}
+
+// How many panels the seed takes: at least 4 k latents, few enough for the second-level cache; 0 where that is not to be had.
+template <class A> int64_t seed_panels(int64_t k, int64_t panel_size, int64_t block) {
+  const int64_t want = std::max<int64_t>(16, 4 * k / kNR<A>);
+  const int64_t fits = kTileBytes / (panel_size * static_cast<int64_t>(sizeof(A)) + kMR * kNR<A> * static_cast<int64_t>(sizeof(A)));
+  const int64_t panels = std::min({want, fits, block});
+  return panels * kNR<A> >= 2 * k ? panels : 0;
+}
+
+template <class T> void encode_many(const EncodeArgs<T>& args) {
+  using A = Acc<T>;
+  constexpr int NR = kNR<A>;
+  const int64_t d_in = args.d_in, k = args.k, workers = num_threads();
+  const Competitors competitors{args.competitors, args.n_competitors, args.rest};
+  const int64_t capacity = capacity_of<A>(k);
+
+  const int64_t n_panels = (competitors.count + NR - 1) / NR;
+  const int64_t panel_size = NR * d_in, padded = (panel_size + NR + 15) / 16 * 16;
+  const int64_t block = std::clamp<int64_t>(kBlockBytes / (padded * sizeof(A)), 1, n_panels);
+  const int64_t chunk = std::min(args.rows, std::max<int64_t>(kMR * workers, kCandidateBytes / (capacity * (sizeof(A) + 4))));
+  // rows too few to go round: the workers share the panels of each tile, each with candidates of its own
+  const int64_t splits = chunk >= 8 * kMR * workers ? 1 : std::min(workers, block);
+  const int64_t fits = kTileBytes / (std::max<int64_t>(d_in, 1) * sizeof(A)), fair = (chunk * splits + workers - 1) / workers;
+  const int64_t tile = (std::clamp<int64_t>(std::min(fits, fair), kMR, 20 * kMR) + kMR - 1) / kMR * kMR;
+
+  const int64_t seed = seed_panels<A>(k, panel_size, block / splits);
+  const int64_t seed_ranks = (kMR + 1) * seed * NR + kMR * seed;  // and a word of signs per row and panel
+
+  Buffer<A> packed(block * padded), tiles(workers * tile * d_in);
+  Buffer<Rank<A>> ranks(workers * seed_ranks);
+  Buffer<Panel<A>> panels(block);
+  Buffer<int32_t> latents(block * NR);
+  const CandidateBuffer<A> candidates(chunk * splits, capacity);
+  Buffer<Key<A>> keys(workers * k);
+  Buffer<Row<A>> state(chunk * splits);
+  const Scatter scatter(n_panels);
+
+  for (int64_t c0 = 0; c0 < args.rows; c0 += chunk) {
+    const int64_t n = std::min(chunk, args.rows - c0), n_tiles = (n + tile - 1) / tile;
+    const auto write = [&](int64_t worker, int64_t r) {
+      merge_rows(state.p, candidates, r, chunk, splits, k);
+      write_row(state[r], candidates.row(r), keys + worker * k, k, competitors, args.activation, args.values + (c0 + r) * k,
+                args.indices + (c0 + r) * k);
+    };
+    for (int64_t r = 0; r < chunk * splits; ++r) state[r].reset(args.activation);
+    for (int64_t p0 = 0; p0 < n_panels; p0 += block) {
+      const int64_t m = std::min(block, n_panels - p0);
+      if (c0 == 0 || m < n_panels) {
+        share_out(m, workers, [&](int64_t, int64_t p) {
+          A* weights = packed + p * padded;
+          pack_panel(args, competitors, scatter(p0 + p), panels[p], weights, weights + panel_size, latents + p * NR);
+        });
+      }
+      share_out(n_tiles * splits, workers, [&](int64_t worker, int64_t task) {
+        const int64_t split = task % splits, r0 = task / splits * tile, rows = std::min(tile, n - r0);
+        const int64_t first = m * split / splits, count = m * (split + 1) / splits - first, place = split * chunk + r0;
+        A* packed_x = tiles + worker * tile * d_in;
+        for (int64_t r = 0; r < rows; r += kMR) {
+          const T* source[kMR];
+          const int filled = static_cast<int>(std::min<int64_t>(kMR, rows - r));
+          for (int i = 0; i < filled; ++i) source[i] = args.x + (c0 + r0 + r + i) * d_in;
+          pack<kMR>(source, filled, d_in, packed_x + r * d_in);
+        }
+        const bool abs = args.activation == kAbs;
+        const int64_t done = p0 == 0 ? std::min(seed, count) : 0;
+        if (done > 0)
+          (abs ? seed_tile<A, true> : seed_tile<A, false>)(packed_x, rows, panels + first, done, d_in, state + place,
+                                                           candidates.row(place), k, ranks + worker * seed_ranks);
+        (abs ? filter_tile<A, true> : filter_tile<A, false>)(packed_x, rows, panels + (first + done), count - done, d_in,
+                                                             state + place, candidates.row(place), k);
+        if (splits == 1 && p0 + m == n_panels)
+          for (int64_t r = r0; r < r0 + rows; ++r) write(worker, r);
+      });
+    }
+    if (splits > 1) share_out(n, workers, write);
+  }
+}
+
+// Dot products of 4 latents with up to 4 rows, along d_in, straight from W_enc.
+template <class T, int R, bool Ahead>
+inline void dot4(const T* const (&w)[4], const Acc<T>* x, int64_t d_in, Acc<T> (&out)[4][R]) {
+  using A = Acc<T>;
+  constexpr int L = kLanes<A>;
+  Vec<A> acc[4][R] = {};
+  int64_t c = 0;
+  for (; c + L <= d_in; c += L) {
+    Vec<A> wide[4];
+#pragma GCC unroll 4
+    for (int f = 0; f < 4; ++f) wide[f] = load(w[f] + c);
+    if (Ahead)
+#pragma GCC unroll 4
+      for (int f = 0; f < 4; ++f) __builtin_prefetch(w[f] + c + 8 * d_in);  // the rows after the next four
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+      const Vec<A> row = load(x + r * d_in + c);
+#pragma GCC unroll 4
+      for (int f = 0; f < 4; ++f) acc[f][r] += wide[f] * row;
+    }
+  }
+  for (int f = 0; f < 4; ++f)
+    for (int r = 0; r < R; ++r) {
+      A sum = horizontal_sum<A>(acc[f][r]);
+      for (int64_t i = c; i < d_in; ++i) sum += to_acc(w[f][i]) * x[r * d_in + i];
+      out[f][r] = sum;
+    }
+}
+
+template <class T, int R>
+void filter_rows(const EncodeArgs<T>& args, const Acc<T>* x, const int32_t (&latents)[4], int n, Row<Acc<T>>* state,
+                 const Candidates<Acc<T>>& candidates) {
+  using A = Acc<T>;
+  const T* w[4];
+  for (int f = 0; f < 4; ++f) w[f] = args.W + latents[f < n ? f : 0] * args.d_in;
+  A scores[4][R];
+  dot4<T, R, R == 1>(w, x, args.d_in, scores);
+  for (int f = 0; f < n; ++f) {
+    const A bias = args.bias ? to_acc(args.bias[latents[f]]) : A(0);
+    for (int r = 0; r < R; ++r) {
+      const A pre = scores[f][r] + bias;
+      const bool negative = args.activation == kAbs && pre < 0;
+      const A score = negative ? -pre : pre;
+      if (score < state[r].threshold) continue;
+      const Rank<A> rank = rank_of(score);
+      if (state[r].beaten_by(rank, latents[f])) state[r].add(rank, tag_of(latents[f], negative), candidates.row(r), args.k);
+    }
+  }
+}
+
+template <class T> void encode_few(const EncodeArgs<T>& args) {
+  using A = Acc<T>;
+  const int64_t d_in = args.d_in, k = args.k, rows = args.rows;
+  const Competitors competitors{args.competitors, args.n_competitors, args.rest};
+  const int64_t quads = (competitors.count + 3) / 4;
+  // a thread that sleeps can take milliseconds to come: it is called for a few million multiply-adds, not for less
+  const int64_t workers = std::clamp<int64_t>(rows * competitors.count * d_in / kWorkOfOne, 1, num_threads());
+  const int64_t capacity = capacity_of<A>(k);
+
+  // one state per worker and row; the first worker's then takes in the others'
+  Buffer<A> x(rows * d_in);
+  Buffer<Row<A>> state(workers * rows);
+  const CandidateBuffer<A> candidates(workers * rows, capacity);
+  Buffer<Key<A>> keys(k);
+  for (int64_t i = 0; i < rows * d_in; ++i) x[i] = to_acc(args.x[i]);
+  for (int64_t i = 0; i < workers * rows; ++i) state[i].reset(args.activation);
+
+  // scattered runs, each long enough for the hardware to stream
+  constexpr int64_t kRun = 16;
+  const int64_t runs = (quads + kRun - 1) / kRun;
+  const Scatter scatter(runs);
+  parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t w = begin; w < end; ++w) {
+      for (int64_t i = runs * w / workers * kRun; i < runs * (w + 1) / workers * kRun; ++i) {
+        const int64_t first = (scatter(i / kRun) * kRun + i % kRun) * 4, mine = w * rows;
+        if (first >= competitors.count) continue;
+        const int n = static_cast<int>(std::min<int64_t>(4, competitors.count - first));
+        int32_t latents[4] = {};
+        for (int j = 0; j < n; ++j) latents[j] = competitors[first + j];
+        int64_t r = 0;
+        for (; r + 4 <= rows; r += 4)
+          filter_rows<T, 4>(args, x + r * d_in, latents, n, state + (mine + r), candidates.row(mine + r));
+        for (; r < rows; ++r) filter_rows<T, 1>(args, x + r * d_in, latents, n, state + (mine + r), candidates.row(mine + r));
+      }
+    }
+  });
+  for (int64_t r = 0; r < rows; ++r) {
+    merge_rows(state.p, candidates, r, rows, workers, k);
+    write_row(state[r], candidates.row(r), keys.p, k, competitors, args.activation, args.values + r * k, args.indices + r * k);
+  }
+}
+
+template <class T> void encode_rows(const EncodeArgs<T>& args) {
+  if (args.rows == 0) return;
+  if (args.n_competitors == 0) {
+    for (int64_t i = 0; i < args.rows * args.k; ++i) {
+      args.values[i] = from_acc<T>(Acc<T>(0));
+      args.indices[i] = static_cast<int32_t>(i % args.k);
+    }
+    return;
+  }
+  args.rows <= kFewRows ? encode_few(args) : encode_many(args);
+}
+
+}  // namespace SK_ISA
+}  // namespace sae_kernels
