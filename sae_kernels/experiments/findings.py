@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..interpret import best_latents, concept_scores, concept_tfidf, latent_examples, name_latents
+from ..interpret import best_latents, concept_scores, concept_tfidf, latent_examples, name_latents, untrained
 from ..nn import TopKSAE
 from ..ops.activation_stats import ActivationStats
 from ..steer import attached, mix, steering_table
@@ -64,12 +64,10 @@ def _examples(
     stats = ActivationStats(d_sae, top=EXAMPLES if len(items) == parts.data.n_items else 8 * EXAMPLES)
     stats.update(values, indices, ids=items)
     titles = parts.data.item_titles or [str(item) for item in parts.data.item_ids]
-    shown = {}
-    for latent, found in latent_examples(stats, titles).items():
-        distinct = {example.id: example for example in reversed(found)}
-        ordered = sorted(distinct.values(), key=lambda example: -example.value)
-        shown[latent] = [{"title": e.title, "value": e.value} for e in ordered[:EXAMPLES]]
-    return shown
+    return {
+        latent: [{"title": e.title, "value": e.value} for e in found]
+        for latent, found in latent_examples(stats, titles, distinct=EXAMPLES).items()
+    }
 
 
 def _own_items(values: Tensor, indices: Tensor, items: Tensor, n_items: int, d_sae: int) -> dict[int, list[int]]:
@@ -100,10 +98,7 @@ def _latents(counts: Tensor, examples: dict[int, list[dict[str, Any]]], names: d
 
 def _untrained(sae: TopKSAE, x: Tensor, labels: Tensor) -> float:
     """The mean best AUC of a SAE that has learnt nothing: what picking the best of d_sae is worth alone."""
-    generator = torch.Generator().manual_seed(0)
-    # a global normaliser has nothing to be fitted on here
-    normalize = "standardize" if sae.normalize == "global" else sae.normalize
-    blank = TopKSAE(sae.d_in, sae.d_sae, sae.k, normalize=normalize, activation=sae.activation, generator=generator)
+    blank = untrained(sae)
     with torch.no_grad():
         codes = [blank.encode(part) for part in x.split(4096)]
     values, indices = torch.cat([c.values for c in codes]), torch.cat([c.indices for c in codes])
@@ -112,15 +107,8 @@ def _untrained(sae: TopKSAE, x: Tensor, labels: Tensor) -> float:
 
 
 def best_raw_auc(x: Tensor, labels: Tensor) -> Tensor:
-    """For every concept the best AUC of one raw dimension of x [rows, d], in either direction: [n_concepts] float64.
-
-    Mid-ranks are not needed: embeddings do not tie.
-    """
-    ranks = torch.empty(x.shape, dtype=torch.float64)
-    order = x.argsort(dim=0)
-    ranks.scatter_(0, order, torch.arange(1, len(x) + 1, dtype=torch.float64)[:, None].expand_as(x))
-    positive = labels.double().sum(0)[:, None]
-    auc = (labels.double().T @ ranks - positive * (positive + 1) / 2) / (positive * (len(x) - positive))
+    """For every concept the best AUC of one raw dimension of x [rows, d], either way: [n_concepts] float64."""
+    auc = concept_scores(x, torch.arange(x.shape[1]).expand_as(x), x.shape[1], labels).auc
     return torch.maximum(auc, 1 - auc).amax(1)
 
 

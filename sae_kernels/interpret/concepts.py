@@ -35,6 +35,19 @@ class ConceptScores:
         """precision over the share of rows that have the concept, [n_concepts, d_sae]; NaN where no row has it."""
         return self.precision / (self.support.double() / self.rows).unsqueeze(1)
 
+    @property
+    def chi_squared(self) -> Tensor:
+        """Pearson's statistic of "has the concept" x "fires", [n_concepts, d_sae]; no correction for continuity.
+
+        NaN for a concept that all rows or none have; 0 for a latent that fires in none or in all.
+        """
+        together, rows = self.together.double(), self.rows
+        with_it, fires = self.support.double().unsqueeze(1), self.firings.double()
+        margins = with_it * (rows - with_it) * fires * (rows - fires)
+        statistic = rows * (together * rows - with_it * fires).square() / margins.clamp(min=1)
+        one_sided = (with_it == 0) | (with_it == rows)
+        return torch.where(margins > 0, statistic, 0.0).masked_fill(one_sided, torch.nan)
+
 
 @dataclass(frozen=True)
 class ConceptLatent:
@@ -110,14 +123,17 @@ def best_latents(
         raise ValueError(f"best_latents: by must be auc, f1, precision, recall, correlation or lift, got {by!r}")
     _check_names("best_latents", scores, names)
     _checks.integer("best_latents", "min_support", min_support, 1, 2**62)
+    best, latent = best_scores(scores, by, min_support)
+    found = (best > -torch.inf).nonzero().squeeze(1).tolist()
+    return [_pair(scores, names, concept, int(latent[concept])) for concept in found]
+
+
+def best_scores(scores: ConceptScores, by: str, min_support: int) -> tuple[Tensor, Tensor]:
+    """The best score of every concept and its latent, both [n_concepts]: as best_latents; -inf where there is none."""
     score = getattr(scores, by)
     score = score.masked_fill((scores.together < min_support) | score.isnan(), -torch.inf)
-    found = []
-    for concept, row in enumerate(score):
-        best = float(row.max())
-        if best > -torch.inf:
-            found.append(_pair(scores, names, concept, int((row == best).nonzero()[0])))
-    return found
+    best, latents = score.amax(1), torch.arange(score.shape[1], device=score.device)
+    return best, torch.where(score == best.unsqueeze(1), latents, score.shape[1]).amin(1)
 
 
 def name_latents(
@@ -143,22 +159,35 @@ def concept_tfidf(
     0 such as counts of a tag. The rest as concept_scores. The m largest of a row are the latents to steer a concept
     with.
     """
-    _check("concept_tfidf", values, indices, d_sae, labels)
+    return tfidf(concept_mass(values, indices, d_sae, labels), orientation)
+
+
+def tfidf(mass: Tensor, orientation: str = "characterises") -> Tensor:
+    """concept_tfidf from concept_mass [n_concepts, d_sae]."""
     if orientation not in ("characterises", "unique"):
         raise ValueError(f"concept_tfidf: orientation must be 'characterises' or 'unique', got {orientation!r}")
+    terms, documents = (1, 0) if orientation == "characterises" else (0, 1)
+    frequency = mass / mass.sum(terms, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
+    idf = ((1 + mass.shape[documents]) / (1 + (mass > 0).sum(documents, keepdim=True))).log() + 1
+    return frequency * idf
+
+
+def concept_mass(values: Tensor, indices: Tensor, d_sae: int, labels: Tensor) -> Tensor:
+    """Mean |value| of every latent over the rows of every concept, [n_concepts, d_sae] float64; 0 for an empty one.
+
+    labels [rows, n_concepts]: bool, or weights >= 0 such as counts of a tag: then the weighted mean.
+    """
+    _check("concept_mass", values, indices, d_sae, labels)
     weights = labels.double()
     if not bool((weights >= 0).all()) or bool(weights.isinf().any()):
-        raise ValueError("concept_tfidf: labels must be finite and not negative")
+        raise ValueError("concept_mass: labels must be finite and not negative")
     weights = weights / weights.sum(0).clamp(min=torch.finfo(torch.float64).tiny)
     mass = torch.zeros(labels.shape[1], d_sae, dtype=torch.float64, device=values.device)
     for concept in range(labels.shape[1]):
         members = weights[:, concept].nonzero().squeeze(1)
         amount = values[members].double().abs() * weights[members, concept].unsqueeze(1)
         mass[concept].index_add_(0, indices[members].long().reshape(-1), amount.reshape(-1))
-    terms, documents = (1, 0) if orientation == "characterises" else (0, 1)
-    frequency = mass / mass.sum(terms, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
-    idf = ((1 + mass.shape[documents]) / (1 + (mass > 0).sum(documents, keepdim=True))).log() + 1
-    return frequency * idf
+    return mass
 
 
 def _ranks(values: Tensor, indices: Tensor, fires: Tensor, d_sae: int) -> tuple[Tensor, Tensor]:

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..data.histories import Histories
 from ..eval.ranking import evaluating
@@ -22,33 +22,45 @@ class Example:
 
 
 @torch.no_grad()
+def item_embeddings(model: nn.Module, n_items: int | None = None, *, batch_size: int = 1024) -> Tensor:
+    """What the model makes of a history of one item, for every item: [n_items, d]; nothing is items x items.
+
+    model: a recommender of sae_kernels.recommenders, or any module with encode_histories(flat, offsets) -> [B, d].
+    n_items: model.n_items where None. The model runs in eval mode, in batches.
+    """
+    if not hasattr(model, "encode_histories"):
+        came = type(model).__name__
+        raise TypeError(f"item_embeddings: model must have encode_histories(flat, offsets); {came} has not")
+    n_items = model.n_items if n_items is None else n_items
+    if n_items < 1:
+        raise ValueError(f"item_embeddings: n_items must be at least 1, got {n_items}")
+    items = Histories.one_item_each(n_items)
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    with evaluating(model):
+        batches = (items.bags(rows) for rows in torch.arange(n_items).split(batch_size))
+        return torch.cat([model.encode_histories(*(t.to(device) for t in batch)) for batch in batches])
+
+
+@torch.no_grad()
 def item_codes(model: nn.Module, sae: nn.Module, n_items: int | None = None, *, batch_size: int = 1024) -> SparseCode:
     """The SAE's codes of all items, each as a history of one: values and indices [n_items, k], on the SAE's device.
 
-    model: a recommender of sae_kernels.recommenders, or any module with encode_histories(flat, offsets) -> [B, d_in];
-    sae: a module with encode(x) -> SparseCode. n_items: model.n_items where None. Both run in eval mode, in batches.
+    sae: a module with encode(x) -> SparseCode; it runs in eval mode. The rest as item_embeddings.
     """
-    if not hasattr(model, "encode_histories"):
-        raise TypeError(f"item_codes: model must have encode_histories(flat, offsets); {type(model).__name__} has not")
-    n_items = model.n_items if n_items is None else n_items
-    items = Histories.one_item_each(n_items)
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    parts = []
-    with evaluating(model), evaluating(sae):
-        for rows in torch.arange(n_items).split(batch_size):
-            parts.append(sae.encode(model.encode_histories(*(t.to(device) for t in items.bags(rows)))))
-    if not parts:
-        raise ValueError(f"item_codes: n_items must be at least 1, got {n_items}")
+    x = item_embeddings(model, n_items, batch_size=batch_size)
+    with evaluating(sae):
+        parts = [sae.encode(rows) for rows in x.split(batch_size)]
     values, indices = (torch.cat([getattr(part, name) for part in parts]) for name in ("values", "indices"))
     return SparseCode(values, indices, parts[0].d_sae)
 
 
 def latent_examples(
-    stats: ActivationStats, titles: Sequence[str], latents: Iterable[int] | None = None
+    stats: ActivationStats, titles: Sequence[str], latents: Iterable[int] | None = None, distinct: int | None = None
 ) -> dict[int, list[Example]]:
     """The top examples of the given latents (of all that fired, where None), best first; ids are places in titles.
 
-    Raises ValueError where stats keeps no examples, an id has no title, or a latent is outside [0, d_sae).
+    distinct: each id once, at its largest value, and at most so many: the same item stands at many positions. Raises
+    ValueError where stats keeps no examples, an id has no title, or a latent is outside [0, d_sae).
     """
     if stats.top_ids is None:
         raise ValueError("latent_examples: stats keeps no examples; make it with ActivationStats(d_sae, top=n)")
@@ -62,5 +74,8 @@ def latent_examples(
         outside = [i for i in ids if not 0 <= i < len(titles)]
         if outside:
             raise ValueError(f"latent_examples: id {outside[0]} of latent {f} has no title among the {len(titles)}")
-        found[f] = [Example(i, titles[i], value) for i, value in zip(ids, values, strict=True)]
+        shown = list(zip(ids, values, strict=True))
+        if distinct is not None:
+            shown = sorted(dict(reversed(shown)).items(), key=lambda pair: (-pair[1], pair[0]))[:distinct]
+        found[f] = [Example(i, titles[i], value) for i, value in shown]
     return found
