@@ -5,11 +5,10 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from .._plots import ACCENT, BASE, FONT, MUTED, PALETTE, SAE
+from .._plots import figure as _figure
 from ..train.checkpoint import need
 
-BASE, SAE, ACCENT, MUTED = "#9aa7b5", "#2a6f97", "#d1793b", "#5c6873"
-PALETTE = ("#2a6f97", "#d1793b", "#4f8a5b", "#8b5a8f", "#b8963e")
-FONT = "Inter, 'Segoe UI', 'Helvetica Neue', Arial, 'Liberation Sans', sans-serif"
 AUC_BARS = 40
 
 STYLE = f"""
@@ -127,25 +126,6 @@ def _cards(results: dict[str, Any]) -> str:
 
 def _section(title: str, note: str, content: str) -> str:
     return f"<section><h2>{escape(title)}</h2><p class='note'>{escape(note)}</p>{content}</section>"
-
-
-def _figure(height: int, **layout: Any) -> Any:
-    graph = need("plotly.graph_objects", "the report", "demo")
-    figure = graph.Figure()
-    figure.update_layout(
-        template="plotly_white",
-        height=height,
-        font={"family": FONT, "size": 13, "color": "#1f2933"},
-        margin={"l": 56, "r": 20, "t": 16, "b": 44},
-        paper_bgcolor="white",
-        plot_bgcolor="white",
-        colorway=list(PALETTE),
-        legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
-        **layout,
-    )
-    figure.update_xaxes(gridcolor="#eef1f4", zerolinecolor="#dfe4e8")
-    figure.update_yaxes(gridcolor="#eef1f4", zerolinecolor="#dfe4e8")
-    return figure
 
 
 def _plot(figure: Any) -> str:

@@ -12,6 +12,7 @@ from .concepts import (
 )
 from .examples import Example, item_codes, item_embeddings, latent_examples
 from .lens import lens_items, logit_lens
+from .selectivity import Selectivity, concept_selectivity, explained_share, latent_table, selectivity
 from .tags import TagTable, tag_table
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "ConceptScores",
     "Example",
     "Intervals",
+    "Selectivity",
     "TagTable",
     "best_latents",
     "bootstrap_intervals",
@@ -27,13 +29,17 @@ __all__ = [
     "concept_map",
     "concept_mass",
     "concept_scores",
+    "concept_selectivity",
     "concept_tfidf",
+    "explained_share",
     "item_codes",
     "item_embeddings",
     "latent_examples",
+    "latent_table",
     "lens_items",
     "logit_lens",
     "name_latents",
+    "selectivity",
     "tag_table",
     "untrained",
 ]

@@ -1,0 +1,97 @@
+"""Plots of a concept map: concepts against the controls, selectivity, and how much of the latents is explained."""
+
+from typing import Any
+
+import torch
+
+from .._plots import ACCENT, BASE, SAE, figure
+from .concept_map import ConceptMap
+from .selectivity import explained_share, selectivity
+
+BARS = 40
+NAMES = {"sae": "best latent", "raw": "best raw dimension", "random": "untrained SAE"}
+COLOURS = {"sae": SAE, "raw": ACCENT, "random": BASE}
+
+
+def concepts_figure(found: ConceptMap, by: str = "auc", bars: int = BARS) -> Any:
+    """The best latent of every concept with its interval, beside the controls; the `bars` best concepts."""
+    scores = {name: score.nan_to_num(0) for name, score in found.baselines(by).items()}
+    order = scores["sae"].argsort(descending=True, stable=True)[:bars].flip(0)
+    names = [found.names[c] for c in order.tolist()]
+    made = figure(90 + 21 * len(names), xaxis_title={"auc": "AUC", "correlation": "correlation"}[by])
+    made.update_layout(margin={"l": 160, "t": 34})
+    for name in ("raw", "random"):
+        if name in scores:
+            marker = {"color": COLOURS[name], "size": 7, "symbol": "diamond" if name == "raw" else "circle"}
+            made.add_scatter(x=scores[name][order].tolist(), y=names, mode="markers", marker=marker, name=NAMES[name])
+    low, high = getattr(found, f"{by}_interval")[order].nan_to_num(0).unbind(1)
+    best = scores["sae"][order]
+    bar = {"array": (high - best).clamp(min=0).tolist(), "arrayminus": (best - low).clamp(min=0).tolist()}
+    style = {"type": "data", "symmetric": False, "thickness": 1.4, "width": 0, "color": SAE}
+    marker = {"color": SAE, "size": 9}
+    made.add_scatter(
+        x=best.tolist(), y=names, mode="markers", marker=marker, name=NAMES["sae"], error_x={**style, **bar}
+    )
+    return made
+
+
+def distributions_figure(found: ConceptMap, by: str = "correlation") -> Any:
+    """How the best score is spread over the concepts, for the SAE and the controls, as cumulative curves."""
+    made = figure(320, xaxis_title=f"{by} of the best detector", yaxis_title="share of the concepts at least so good")
+    made.update_yaxes(tickformat=".0%", rangemode="tozero")
+    for name, score in found.baselines(by).items():
+        score = score[~score.isnan()].sort(descending=True).values
+        share = torch.arange(1, len(score) + 1) / max(len(score), 1)
+        line = {"color": COLOURS[name], "width": 2.2, "shape": "hv"}
+        made.add_scatter(x=score.tolist(), y=share.tolist(), mode="lines", line=line, name=NAMES[name])
+    return made
+
+
+def selectivity_figure(found: ConceptMap) -> Any:
+    """Relative decrease of entropy: latents over concepts, and concepts over latents."""
+    made = figure(320, barmode="overlay", bargap=0.04, xaxis_title="decrease of entropy against the average")
+    made.update_yaxes(title="share", tickformat=".0%")
+    for mass, name, colour in (
+        (found.mass.T, "latents over concepts", SAE),
+        (found.mass, "concepts over latents", ACCENT),
+    ):
+        decrease = selectivity(mass).decrease
+        made.add_histogram(
+            x=decrease[~decrease.isnan()].tolist(),
+            name=name,
+            marker_color=colour,
+            opacity=0.65,
+            histnorm="probability",
+            xbins={"start": -0.5, "end": 1.001, "size": 0.05},
+        )
+    return made
+
+
+def explained_figure(found: ConceptMap, by: str = "correlation") -> Any:
+    """The share of the firing latents that some concept explains at every threshold, beside the controls."""
+    low = {"auc": 0.5, "correlation": 0.0}[by]
+    thresholds = torch.linspace(low, 1, 51).tolist()
+    made = figure(320, xaxis_title=f"{by} with the best concept", yaxis_title="share of the firing latents")
+    made.update_yaxes(tickformat=".0%", rangemode="tozero")
+    for name, scores in (("sae", found.scores), ("raw", found.raw), ("random", found.random)):
+        if scores is not None:
+            label = {"sae": "SAE", "raw": "raw dimensions", "random": "untrained SAE"}[name]
+            line = {"color": COLOURS[name], "width": 2.2}
+            made.add_scatter(
+                x=thresholds, y=explained_share(scores, thresholds, by), line=line, mode="lines", name=label
+            )
+    return made
+
+
+def pages(found: ConceptMap) -> list[tuple[str, str, Any]]:
+    """(heading, note, figure) of all of them, for `write_page`."""
+    chance = (
+        "Bars: 95 % bootstrap intervals over items. The controls are what picking the best detector is worth alone."
+    )
+    return [
+        ("Concepts by AUC", chance, concepts_figure(found, "auc")),
+        ("Concepts by correlation", chance, concepts_figure(found, "correlation")),
+        ("Best detectors", "One point per concept, sorted.", distributions_figure(found)),
+        ("Explained latents", "Latents whose best concept reaches a correlation.", explained_figure(found)),
+        ("Selectivity", "1: all on one; 0: as spread as the average.", selectivity_figure(found)),
+    ]
