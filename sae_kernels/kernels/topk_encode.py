@@ -5,8 +5,9 @@ import triton
 from torch import Tensor
 
 from . import tuning
+from .product import product
 from .topk_encode_fused import precision, topk_encode_fused
-from .topk_select import Selection, product, write_codes, write_keys
+from .topk_select import Selection, write_codes, write_keys
 
 
 def topk_encode(

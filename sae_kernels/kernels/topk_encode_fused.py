@@ -17,7 +17,8 @@ import triton.language as tl
 from torch import Tensor
 
 from . import tuning
-from .topk_select import _ABS, _MIN64, _RELU, Selection, absorb, make_keys, product, push
+from .product import product
+from .topk_select import _ABS, _MIN64, _RELU, Selection, absorb, make_keys, push
 
 
 @triton.jit

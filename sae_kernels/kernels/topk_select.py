@@ -186,16 +186,6 @@ def write_codes(keys, values, indices, total, ACTIVATION: tl.constexpr, P: tl.co
     tl.store(indices + at, latent, mask=at < total)
 
 
-def product(x: Tensor, W: Tensor, out: Tensor) -> None:
-    """x W^T in float32, whatever the inputs' dtype."""
-    if x.dtype == torch.float32:
-        torch.mm(x, W.mT, out=out)
-    elif x.is_cuda:
-        torch.mm(x, W.mT, out_dtype=torch.float32, out=out)
-    else:
-        torch.mm(x.float(), W.float().mT, out=out)
-
-
 class Selection:
     """The k best keys of each of up to `rows` rows, chunk after chunk of latents. `overflows` counts rows done over."""
 

@@ -39,7 +39,7 @@ def triton_error() -> str | None:
     if _broken:
         return _broken
     try:
-        from .. import kernels  # noqa: F401
+        import triton  # noqa: F401
     except ImportError as error:
         return f"Triton does not import ({error}): pip install 'sae-kernels[triton]'"
     return None

@@ -1,0 +1,80 @@
+// Launchers of the selection: sae_kernels/cuda/topk_encode.py makes the products and calls them chunk after chunk.
+#include "cuda/launch.h"
+#include "cuda/topk_select.cuh"
+
+namespace sae_kernels {
+namespace {
+
+Out out_of(const Tensor& values) {
+  switch (values.scalar_type()) {
+    case ScalarType::Float: return Out::kFloat;
+    case ScalarType::BFloat16: return Out::kBFloat16;
+    case ScalarType::Half: return Out::kHalf;
+    default: STD_TORCH_CHECK(false, "sae_kernels: values must be float32, bfloat16 or float16");
+  }
+}
+
+template <class F> void with_activation(int64_t activation, F&& f) {
+  if (activation == kRelu) f.template operator()<kRelu>();
+  else if (activation == kNone) f.template operator()<kNone>();
+  else f.template operator()<kAbs>();
+}
+
+template <class P> void launch_select(const SelectArgs& args, int64_t activation, bool wide, const Tensor& slab) {
+  with_activation(activation, [&]<int Act>() {
+    launch(wide ? select_rows<P, 4, Act> : select_rows<P, 1, Act>, grid_of(ceil_div(args.rows, P::kRows)), P::kThreads, args, slab);
+  });
+}
+
+SelectArgs slab_args(const Tensor& slab, const std::optional<Tensor>& bias, const std::optional<Tensor>& mask, int64_t first) {
+  return {.slab = data<float>(slab), .bias = data_or_null<float>(bias), .mask = data_or_null<uint8_t>(mask), .rows = slab.size(0),
+          .stride = slab.stride(0), .columns = static_cast<int>(slab.size(1)), .first = static_cast<int>(first)};
+}
+
+}  // namespace
+
+void topk_select(Tensor slab, std::optional<Tensor> bias, std::optional<Tensor> mask, Tensor keys, Tensor values, Tensor indices,
+                 Tensor trims, int64_t first, bool filled, bool last, int64_t activation) {
+  SelectArgs args = slab_args(slab, bias, mask, first);
+  args.keys = mutable_data<uint64_t>(keys);
+  args.values = values.mutable_data_ptr();
+  args.indices = mutable_data<int32_t>(indices);
+  args.trims = mutable_data<int32_t>(trims);
+  args.k = static_cast<int>(values.size(1));
+  args.filled = filled;
+  args.last = last;
+  args.dtype = out_of(values);
+  const bool wide = args.columns % 4 == 0 && first % 4 == 0 && in_pieces(4, args.stride, sizeof(float), args.slab, args.bias) &&
+                    in_pieces(4, 0, sizeof(uint8_t), args.mask);
+  if (args.k <= 32) launch_select<SelectTo32>(args, activation, wide, slab);
+  else if (args.k <= 64) launch_select<SelectTo64>(args, activation, wide, slab);
+  else if (args.k <= 128) launch_select<SelectTo128>(args, activation, wide, slab);
+  else launch_select<SelectTo1024>(args, activation, wide, slab);
+}
+
+void topk_write_keys(Tensor slab, std::optional<Tensor> bias, std::optional<Tensor> mask, Tensor keys, int64_t activation) {
+  SelectArgs args = slab_args(slab, bias, mask, 0);
+  args.keys = mutable_data<uint64_t>(keys);
+  const dim3 grid = grid_of(ceil_div(args.columns, kElementThreads), std::min<int64_t>(args.rows, 65535));
+  with_activation(activation, [&]<int Act>() { launch(write_keys<Act>, grid, kElementThreads, args, slab); });
+}
+
+void topk_write_codes(Tensor keys, Tensor values, Tensor indices, int64_t activation) {
+  SelectArgs args{};
+  args.keys = mutable_data<uint64_t>(keys);
+  args.values = values.mutable_data_ptr();
+  args.indices = mutable_data<int32_t>(indices);
+  args.rows = values.size(0);
+  args.k = static_cast<int>(values.size(1));
+  args.dtype = out_of(values);
+  const dim3 grid = grid_of(ceil_div(args.rows * args.k, kElementThreads));
+  with_activation(activation, [&]<int Act>() { launch(write_codes<Act>, grid, kElementThreads, args, keys); });
+}
+
+}  // namespace sae_kernels
+
+STABLE_TORCH_LIBRARY_IMPL(sae_kernels, SK_DEVICE, m) {
+  m.impl("cuda_topk_select", TORCH_BOX(&sae_kernels::topk_select));
+  m.impl("cuda_topk_write_keys", TORCH_BOX(&sae_kernels::topk_write_keys));
+  m.impl("cuda_topk_write_codes", TORCH_BOX(&sae_kernels::topk_write_codes));
+}

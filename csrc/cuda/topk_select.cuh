@@ -1,0 +1,248 @@
+// The k best of every row of a slab of pre-activations, exact: larger score first, NaN above all, equal scores by the lower
+// latent. One team of threads per row, a warp or a block. A first pass takes maxima of strided groups: the k-th largest of
+// them has k scores at or above it, so what lies below is out. A second pass appends what is left to a buffer in shared
+// memory, which is sorted. Where the buffer fills up (ties, unlucky orders) it is sorted early, its k best stay, and the
+// bound rises to the k-th of them: columns come in ascending order, so every input gives the exact result.
+// Reads the slab twice, from L2 where it fits there; chunks of latents after the first are read once.
+#pragma once
+
+#include "cuda/device.cuh"
+
+namespace sae_kernels {
+
+enum Activation : int { kRelu = 0, kNone = 1, kAbs = 2 };
+enum class Out : int { kFloat, kBFloat16, kHalf };
+
+struct SelectArgs {
+  const float* slab;    // [rows, columns], `stride` elements from row to row: latents first, first + 1, ...
+  const float* bias;    // of all latents, or null
+  const uint8_t* mask;  // of all latents, or null: 0 does not compete
+  uint64_t* keys;       // [rows, k] the best so far, descending; read where `filled`, written unless `last`
+  void* values;         // [rows, k]
+  int32_t* indices;     // [rows, k]
+  int32_t* trims;       // counts the rows whose buffer was sorted early
+  int64_t rows, stride;
+  int columns, first, k, filled, last;
+  Out dtype;
+};
+
+// Orders rise with the score. 0: no latent at all; 1: a latent that does not compete; what follows: -inf to inf; last: NaN.
+constexpr uint32_t kMasked = 1, kNanOrder = 0xffffffffu, kSign = 0x80000000u;
+
+template <int Act> __device__ __forceinline__ uint32_t order_of(float pre) {
+  if (pre != pre) return kNanOrder;
+  if (Act == kRelu) return __float_as_uint(pre > 0 ? pre : 0.0f) | kSign;
+  if (Act == kAbs) return __float_as_uint(fabsf(pre)) | kSign;
+  const uint32_t bits = __float_as_uint(pre + 0.0f);  // -0 becomes 0
+  return bits & kSign ? ~bits : bits | kSign;
+}
+__device__ __forceinline__ uint64_t key_of(uint32_t order, int latent, bool negative) {
+  return uint64_t(order) << 32 | (0x7fffffffu - uint32_t(latent)) << 1 | uint32_t(negative);
+}
+__device__ __forceinline__ uint32_t order_in(uint64_t key) { return uint32_t(key >> 32); }
+__device__ __forceinline__ int latent_in(uint64_t key) { return int(0x7fffffffu - (uint32_t(key) >> 1)); }
+__device__ __forceinline__ float value_in(uint64_t key, bool is_abs) {
+  const uint32_t order = order_in(key);
+  if (order <= kMasked) return 0.0f;
+  if (order == kNanOrder) return __uint_as_float(0x7fc00000u);
+  const float score = __uint_as_float(order & kSign ? order ^ kSign : ~order);
+  return is_abs && (key & 1) ? -score : score;
+}
+
+template <class T> __device__ __forceinline__ void put(void* out, int64_t at, float value) {
+  from_acc(value, static_cast<T*>(out)[at]);
+}
+__device__ __forceinline__ void write_code(void* values, int32_t* indices, Out dtype, int64_t at, uint64_t key, bool is_abs) {
+  const float value = value_in(key, is_abs);
+  if (dtype == Out::kFloat) put<float>(values, at, value);
+  else if (dtype == Out::kBFloat16) put<bf16>(values, at, value);
+  else put<fp16>(values, at, value);
+  indices[at] = latent_in(key);
+}
+
+// V pre-activations from `column` on; order 0 beyond the last column. Where V > 1 it divides the columns.
+template <int V, int Act>
+__device__ __forceinline__ void read_orders(const SelectArgs& a, const float* row, int column, float (&pre)[V], uint32_t (&order)[V]) {
+  if (column >= a.columns) {
+#pragma unroll
+    for (int i = 0; i < V; ++i) pre[i] = 0.0f, order[i] = 0;
+    return;
+  }
+  const Pack<float, V> read = load_pack<V>(row + column);
+  const int latent = a.first + column;
+#pragma unroll
+  for (int i = 0; i < V; ++i) pre[i] = read.at[i];
+  if (a.bias) {
+    const Pack<float, V> bias = load_pack<V>(a.bias + latent);
+#pragma unroll
+    for (int i = 0; i < V; ++i) pre[i] += bias.at[i];
+  }
+#pragma unroll
+  for (int i = 0; i < V; ++i) order[i] = order_of<Act>(pre[i]);
+  if (a.mask) {
+    const Pack<uint8_t, V> mask = load_pack<V>(a.mask + latent);
+#pragma unroll
+    for (int i = 0; i < V; ++i) order[i] = mask.at[i] ? order[i] : kMasked;
+  }
+}
+
+// kTeam threads serve a row, kRows rows a block; kGroups maxima per thread; a buffer of kCapacity keys per row.
+template <int Team_, int Rows_, int Groups_, int Capacity_> struct SelectPlan {
+  static constexpr int kTeam = Team_, kRows = Rows_, kGroups = Groups_, kCapacity = Capacity_;
+  static constexpr int kThreads = kTeam * kRows;
+  static_assert(kTeam == kWarp || kRows == 1, "teams of several warps meet at the block's barrier");
+};
+using SelectTo32 = SelectPlan<32, 8, 4, 256>;
+using SelectTo64 = SelectPlan<32, 8, 8, 256>;
+using SelectTo128 = SelectPlan<32, 4, 16, 512>;
+using SelectTo1024 = SelectPlan<256, 1, 16, 4096>;
+constexpr int kLargestSelect = 1024;
+
+template <class P> __device__ __forceinline__ void team_sync() {
+  if (P::kTeam == kWarp) __syncwarp();
+  else __syncthreads();
+}
+template <class P> __device__ __forceinline__ bool team_any(bool x) {
+  return P::kTeam == kWarp ? __any_sync(kAllLanes, x) : __syncthreads_or(x);
+}
+template <class P> __device__ __forceinline__ int team_count(int x, int* partial) {
+  const int warp = __reduce_add_sync(kAllLanes, x);
+  if (P::kTeam == kWarp) return warp;
+  if (threadIdx.x % kWarp == 0) partial[threadIdx.x / kWarp] = warp;
+  __syncthreads();
+  int total = 0;
+  for (int w = 0; w < P::kTeam / kWarp; ++w) total += partial[w];
+  __syncthreads();
+  return total;
+}
+
+// Bitonic, in shared memory: what stands from `count` to the next power of two at or above max(count, least) becomes 0.
+template <class P> __device__ void sort_descending(uint64_t* keys, int count, int least, int lane) {
+  int n = 2;
+  while (n < count || n < least) n *= 2;
+  for (int i = count + lane; i < n; i += P::kTeam) keys[i] = 0;
+  for (int size = 2; size <= n; size *= 2)
+    for (int stride = size / 2; stride > 0; stride /= 2) {
+      team_sync<P>();
+      for (int pair = lane; pair < n / 2; pair += P::kTeam) {
+        const int low = 2 * pair - (pair & (stride - 1)), high = low + stride;
+        const uint64_t x = keys[low], y = keys[high];
+        if ((x < y) == ((low & size) == 0)) keys[low] = y, keys[high] = x;
+      }
+    }
+  team_sync<P>();
+}
+
+// A bound that at least k orders of the row pass: one less than the k-th largest group maximum, its lowest byte left out.
+template <class P, int V, int Act>
+__device__ uint32_t group_bound(const SelectArgs& a, const float* row, int lane, int* partial) {
+  constexpr int kReads = P::kGroups > V ? P::kGroups / V : 1;
+  uint32_t best[kReads * V] = {};
+  for (int start = 0; start < a.columns; start += P::kTeam * V * kReads)
+#pragma unroll
+    for (int r = 0; r < kReads; ++r) {
+      float pre[V];
+      uint32_t order[V];
+      read_orders<V, Act>(a, row, start + (r * P::kTeam + lane) * V, pre, order);
+#pragma unroll
+      for (int i = 0; i < V; ++i) best[r * V + i] = max(best[r * V + i], order[i]);
+    }
+  uint32_t bound = 0;
+  for (uint32_t bit = kSign; bit > 0x80; bit /= 2) {
+    const uint32_t trial = bound | bit;
+    int reach = 0;
+#pragma unroll
+    for (int g = 0; g < kReads * V; ++g) reach += best[g] >= trial;
+    if (team_count<P>(reach, partial) >= a.k) bound = trial;
+  }
+  return bound > 0 ? bound - 1 : 0;
+}
+
+// Appends what passes the bound; which thread gets which place does not matter, keys are distinct and sorted later.
+template <int V>
+__device__ __forceinline__ void append(uint64_t* buffer, int* count, const uint32_t (&order)[V], const float (&pre)[V], uint32_t bound, int latent) {
+  const int lane = threadIdx.x % kWarp;
+  unsigned votes[V];
+  int total = 0;
+#pragma unroll
+  for (int i = 0; i < V; ++i) total += __popc(votes[i] = __ballot_sync(kAllLanes, order[i] > bound));
+  int place = lane == 0 && total > 0 ? atomicAdd(count, total) : 0;
+  place = __shfl_sync(kAllLanes, place, 0);
+#pragma unroll
+  for (int i = 0; i < V; ++i) {
+    if (order[i] > bound) buffer[place + __popc(votes[i] & ((1u << lane) - 1))] = key_of(order[i], latent + i, pre[i] < 0);
+    place += __popc(votes[i]);
+  }
+}
+
+template <class P, int V, int Act> __global__ void __launch_bounds__(P::kThreads) select_rows(SelectArgs a) {
+  __shared__ uint64_t buffers[P::kRows * P::kCapacity];
+  __shared__ int counts[P::kRows];
+  __shared__ int partial[P::kTeam / kWarp];
+  const int lane = threadIdx.x % P::kTeam, slot = threadIdx.x / P::kTeam;
+  const int64_t number = int64_t(blockIdx.x) * P::kRows + slot;
+  if (number >= a.rows) return;  // a whole warp, and no barrier of the block follows where it has several rows
+  const float* row = a.slab + number * a.stride;
+  uint64_t* buffer = buffers + slot * P::kCapacity;
+  int* count = counts + slot;
+  uint32_t bound = 0;
+  if (a.filled) {
+    for (int j = lane; j < a.k; j += P::kTeam) buffer[j] = a.keys[number * a.k + j];
+    bound = order_in(a.keys[number * a.k + a.k - 1]);
+  } else {
+    bound = group_bound<P, V, Act>(a, row, lane, partial);
+  }
+  if (lane == 0) *count = a.filled ? a.k : 0;
+  team_sync<P>();
+  bool trimmed = false;
+  for (int start = 0; start < a.columns; start += P::kTeam * V) {
+    const int column = start + lane * V;
+    float pre[V];
+    uint32_t order[V];
+    read_orders<V, Act>(a, row, column, pre, order);
+    bool passes = false;
+#pragma unroll
+    for (int i = 0; i < V; ++i) passes |= order[i] > bound;
+    if (!team_any<P>(passes)) continue;
+    append<V>(buffer, count, order, pre, bound, a.first + column);
+    team_sync<P>();
+    const int filled = *count;
+    team_sync<P>();
+    if (filled + P::kTeam * V <= P::kCapacity) continue;
+    sort_descending<P>(buffer, filled, a.k, lane);
+    bound = max(bound, order_in(buffer[a.k - 1]));
+    if (lane == 0) *count = a.k;
+    team_sync<P>();
+    trimmed = true;
+  }
+  sort_descending<P>(buffer, *count, a.k, lane);
+  for (int j = lane; j < a.k; j += P::kTeam) {
+    const int64_t at = number * a.k + j;
+    if (a.last) write_code(a.values, a.indices, a.dtype, at, buffer[j], Act == kAbs);
+    else a.keys[at] = buffer[j];
+  }
+  if (trimmed && lane == 0) atomicAdd(a.trims, 1);
+}
+
+// For a k beyond the buffers: the keys of whole rows, to be sorted elsewhere, and the way back. Signed 64-bit integers sort
+// the way the keys do once their highest bit is flipped.
+constexpr uint64_t kFlip = uint64_t(1) << 63;
+constexpr int kElementThreads = 256;
+
+template <int Act> __global__ void __launch_bounds__(kElementThreads) write_keys(SelectArgs a) {
+  const int column = blockIdx.x * kElementThreads + threadIdx.x;
+  if (column >= a.columns) return;
+  for (int64_t row = blockIdx.y; row < a.rows; row += gridDim.y) {
+    float pre[1];
+    uint32_t order[1];
+    read_orders<1, Act>(a, a.slab + row * a.stride, column, pre, order);
+    a.keys[row * a.columns + column] = key_of(order[0], a.first + column, pre[0] < 0) ^ kFlip;
+  }
+}
+
+template <int Act> __global__ void __launch_bounds__(kElementThreads) write_codes(SelectArgs a) {
+  const int64_t at = int64_t(blockIdx.x) * kElementThreads + threadIdx.x;
+  if (at < a.rows * a.k) write_code(a.values, a.indices, a.dtype, at, a.keys[at] ^ kFlip, Act == kAbs);
+}
+
+}  // namespace sae_kernels

@@ -1,0 +1,86 @@
+"""topk_encode around the kernels of csrc/cuda/topk_select.cuh: products in slabs that stay in L2, then selection."""
+
+import torch
+from torch import Tensor
+
+from ..kernels import tuning
+from ..kernels.product import product
+
+LARGEST_SELECT = 1024  # the buffers' limit: kLargestSelect in topk_select.cuh
+_NONE = 1
+
+_lib = torch.library.Library("sae_kernels", "FRAGMENT")
+_lib.define(
+    "cuda_topk_select(Tensor slab, Tensor? bias, Tensor? mask, Tensor(a!) keys, Tensor(b!) values, Tensor(c!) indices,"
+    " Tensor(d!) trims, int first, bool filled, bool last, int activation) -> ()"
+)
+_lib.define("cuda_topk_write_keys(Tensor slab, Tensor? bias, Tensor? mask, Tensor(a!) keys, int activation) -> ()")
+_lib.define("cuda_topk_write_codes(Tensor keys, Tensor(a!) values, Tensor(b!) indices, int activation) -> ()")
+_ops = torch.ops.sae_kernels
+
+
+def topk_encode(
+    x: Tensor, W: Tensor, b: Tensor | None, k: int, activation: int, mask: Tensor | None, trims: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """x [N, d_in], W [d_sae, d_in], b [d_sae], mask [d_sae] bool -> values [N, k] in x's dtype, indices [N, k] int32.
+
+    Checked arguments of one dtype, float32 or narrower. trims: int32 [1], counts the rows (per chunk of latents) that
+    brought more candidates than their buffer holds and were sorted early; only a measure of speed. Workspace: at most
+    tuning.SLAB_BYTES of products and 8 k bytes per row of them.
+    """
+    values, indices = x.new_empty(x.shape[0], k), x.new_empty(x.shape[0], k, dtype=torch.int32)
+    if x.shape[0] == 0:
+        return values, indices
+    x, W = x.contiguous(), W.contiguous()
+    bias = None if b is None else b.float().contiguous()
+    bytes_mask = None if mask is None else mask.contiguous().view(torch.uint8)
+    if k > LARGEST_SELECT:
+        _by_sorting(x, W, bias, k, activation, bytes_mask, values, indices)
+    else:
+        trims = x.new_zeros(1, dtype=torch.int32) if trims is None else trims
+        _by_slabs(x, W, bias, k, activation, bytes_mask, values, indices, trims)
+    return values, indices
+
+
+def _by_slabs(x, W, bias, k, activation, mask, values, indices, trims) -> None:
+    d_sae = W.shape[0]
+    rows, columns = tuning.slab_shape(x.shape[0], d_sae)
+    space = x.new_empty(rows * columns, dtype=torch.float32)
+    keys = x.new_empty(rows if columns < d_sae else 0, k, dtype=torch.int64)
+    for top in range(0, x.shape[0], rows):
+        part = x[top : top + rows]
+        out = values[top : top + rows], indices[top : top + rows]
+        for first in range(0, d_sae, columns):
+            W_part = W[first : first + columns]
+            slab = space[: part.shape[0] * W_part.shape[0]].view(part.shape[0], W_part.shape[0])
+            product(part, W_part, slab)
+            last = first + columns >= d_sae
+            _ops.cuda_topk_select(slab, bias, mask, keys, *out, trims, first, first > 0, last, activation)
+
+
+def _by_sorting(x, W, bias, k, activation, mask, values, indices) -> None:
+    """Any k: torch.topk over the distinct keys of as many whole rows as the workspace holds."""
+    d_sae = W.shape[0]
+    rows = max(1, min(x.shape[0], tuning.SLAB_BYTES // (12 * d_sae)))
+    space = x.new_empty(rows, d_sae, dtype=torch.float32)
+    keys = x.new_empty(rows, d_sae, dtype=torch.int64)
+    for top in range(0, x.shape[0], rows):
+        part = x[top : top + rows]
+        n = part.shape[0]
+        product(part, W, space[:n])
+        _ops.cuda_topk_write_keys(space[:n], bias, mask, keys[:n], activation)
+        best = keys[:n].topk(k, dim=1).values
+        _ops.cuda_topk_write_codes(best, values[top : top + n], indices[top : top + n], activation)
+
+
+def topk(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest of each row, in descending order, equal ones by the lower column: torch.topk with ties settled.
+
+    scores [N, d] float32 whose rows are contiguous, k up to LARGEST_SELECT -> values [N, k], indices [N, k] int32.
+    """
+    values, indices = scores.new_empty(scores.shape[0], k), scores.new_empty(scores.shape[0], k, dtype=torch.int32)
+    if scores.shape[0] > 0:
+        none = scores.new_empty(0, k, dtype=torch.int64)
+        trims = scores.new_zeros(1, dtype=torch.int32)
+        _ops.cuda_topk_select(scores, None, None, none, values, indices, trims, 0, False, True, _NONE)
+    return values, indices
