@@ -148,16 +148,16 @@ def test_same_seed_same_figures(tmp_path):
 
 def test_an_interrupted_demo_resumes_to_the_same_figures(tmp_path, monkeypatch):
     whole = run_demo(small(tmp_path / "whole", epochs=2, steps=40))
-    step, done = train_loop._step, []
+    advance, done = train_loop._advance, []
 
-    def cut(sae, plan, state, batch):
-        step(sae, plan, state, batch)
-        done.append(state.step)
-        if state.step == 25:
+    def cut(run, batch, bar):
+        advance(run, batch, bar)
+        done.append(run.step)
+        if run.step == 25:
             monkeypatch.setattr(train_loop, "_next", lambda source: None)
 
     with monkeypatch.context() as patched:
-        patched.setattr(train_loop, "_step", cut)
+        patched.setattr(train_loop, "_advance", cut)
         after = train_loop._next
         with pytest.raises(Interrupted, match="interrupted after step 25"):
             run_demo(small(tmp_path, epochs=2, steps=40))

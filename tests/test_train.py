@@ -10,7 +10,7 @@ from torch import nn
 from sae_kernels.eval.reconstruction import evaluate_reconstruction
 from sae_kernels.nn.sae import TopKSAE
 from sae_kernels.train import Interrupted, fit, from_model, save_sae
-from sae_kernels.train.loop import _Plan
+from sae_kernels.train.recipe import Recipe
 from sae_kernels.train.sources import CallableSource, IteratorSource, TensorSource, as_source, mix_seed
 
 D_IN, D_SAE, K = 8, 32, 4
@@ -139,11 +139,11 @@ def test_every_option_changes_the_result(data, option):
 
 
 def test_schedule():
-    plan = _Plan(100, 1, 1.0, (0.9, 0.999), 0.1, 0.2, None, 0, 1, None, None, "")
+    plan = Recipe(100, 1, 1.0, (0.9, 0.999), 0.1, 0.2, None, 0, 1, None, None, None, "")
     factors = [plan.factor(step) for step in range(101)]
     assert factors[0] == pytest.approx(0.1) and factors[9] == 1 and factors[80] == 1
     assert factors[90] == pytest.approx(0.5) and factors[99] == pytest.approx(0.05) and factors[100] == 0
-    flat = _Plan(100, 1, 1.0, (0.9, 0.999), 0.0, 0.0, None, 0, 1, None, None, "")
+    flat = Recipe(100, 1, 1.0, (0.9, 0.999), 0.0, 0.0, None, 0, 1, None, None, None, "")
     assert {flat.factor(step) for step in range(101)} == {1.0}
 
 

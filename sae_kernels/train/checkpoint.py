@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import torch
 from torch import nn
 
 from .._need import need
+from .ranks import Ranks
 
 FORMAT = 1
 CONFIG = ("d_in", "d_sae", "k", "activation", "normalize", "k_aux", "aux_coef", "aux_rows", "dead_after")
@@ -17,7 +20,8 @@ CONFIG = ("d_in", "d_sae", "k", "activation", "normalize", "k_aux", "aux_coef", 
 
 def save_sae(sae: nn.Module, path: str | os.PathLike) -> None:
     """Writes config.json and model.safetensors of a TopKSAE into the folder `path`, replacing an older one whole."""
-    write_folder(Path(path), sae, None)
+    with replacing(Path(path)) as folder:
+        write_sae(folder, sae)
 
 
 def load_sae(path: str | os.PathLike, device: torch.device | str = "cpu") -> nn.Module:
@@ -49,6 +53,8 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{folder / 'config.json'} is not JSON: {error}") from None
     if not isinstance(config, dict) or config.get("format") != FORMAT:
         raise ValueError(f"{folder / 'config.json'} is not a sae_kernels checkpoint of format {FORMAT}")
+    if "grid" in config:
+        raise ValueError(f"{folder} holds a grid: name one of its folders, {', '.join(config['grid'])}")
     return config
 
 
@@ -79,28 +85,45 @@ def load_weights(sae: nn.Module, folder: Path) -> None:
         raise ValueError(f"checkpoint {folder} does not fit: {error}") from None
 
 
-def write_folder(path: Path, sae: nn.Module, training: dict[str, Any] | None) -> None:
-    """Writes the folder beside `path`, syncs it, renames it into place: a reader sees the old one or the new one."""
+def write_sae(folder: Path, sae: nn.Module) -> None:
+    """config.json and model.safetensors of `sae`, into a folder that may exist."""
     safetensors = need("safetensors.torch", "writing a checkpoint", "train")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.exists() and any(path.iterdir()) and not (path / "config.json").is_file():
-        raise FileExistsError(f"{path}: holds something that is no checkpoint; it is not replaced")
-    fresh, old = _beside(path, f"new{os.getpid()}"), _beside(path, "old")
-    shutil.rmtree(fresh, ignore_errors=True)
-    fresh.mkdir()
+    folder.mkdir(exist_ok=True)
     tensors = {key: value.detach().contiguous() for key, value in sae.state_dict().items()}
-    safetensors.save_file(tensors, fresh / "model.safetensors")
-    if training is not None:
-        torch.save(training, fresh / "training.pt")
+    safetensors.save_file(tensors, folder / "model.safetensors")
     config = {
         "format": FORMAT,
         "sae": {name: getattr(sae, name) for name in CONFIG},
         "dtype": str(next(sae.parameters()).dtype).removeprefix("torch."),
     }
-    (fresh / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    for file in fresh.iterdir():
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+@contextmanager
+def replacing(path: Path, ranks: Ranks | None = None) -> Iterator[Path]:
+    """A fresh folder beside `path`, synced and renamed into its place at the end of the block: a reader sees the old
+    one or the new one. With ranks, all their processes enter; they leave when it is in place."""
+    ranks = Ranks() if ranks is None else ranks
+    fresh = _beside(path, f"new{ranks.shared(os.getpid())}")
+    if ranks.main:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists() and any(path.iterdir()) and not (path / "config.json").is_file():
+            raise FileExistsError(f"{path}: holds something that is no checkpoint; it is not replaced")
+        shutil.rmtree(fresh, ignore_errors=True)
+        fresh.mkdir()
+    ranks.barrier()
+    yield fresh
+    ranks.barrier()
+    if ranks.main:
+        _put_in_place(fresh, path)
+    ranks.barrier()
+
+
+def _put_in_place(fresh: Path, path: Path) -> None:
+    for file in fresh.rglob("*"):
         _sync(file)
     _sync(fresh)
+    old = _beside(path, "old")
     if path.exists():
         shutil.rmtree(old, ignore_errors=True)
         os.replace(path, old)

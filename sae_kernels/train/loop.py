@@ -1,24 +1,25 @@
 """One training loop for every source of activations; an interrupted run goes on bit for bit where it stopped."""
 
-import copy
-import math
 import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
-from .checkpoint import find_folder, load_weights, need, read_training, write_folder
-from .sources import Source, as_source
-
-COLUMNS = ("loss", "fvu", "aux", "l0")
+from .._need import need
+from .member import Member
+from .ranks import Ranks
+from .recipe import Recipe
+from .run import Run
+from .sources import as_source, part_of
 
 
 @dataclass
@@ -42,60 +43,27 @@ class Interrupted(KeyboardInterrupt):
         self.step, self.checkpoint = step, checkpoint
 
 
-@dataclass(frozen=True)
-class _Plan:
-    """What decides the numbers of a run: a resumed one must agree on all of it."""
-
-    steps: int
-    batch_size: int
-    lr: float
-    betas: tuple[float, float]
-    warmup: float
-    decay: float
-    clip: float | None
-    seed: int
-    log_every: int
-    validate_every: int | None
-    patience: int | None
-    source: str
-
-    def factor(self, step: int) -> float:
-        """The share of lr at `step`: up over the warm-up, flat, then linearly to 0 over the decay."""
-        rise, fall = round(self.warmup * self.steps), round(self.decay * self.steps)
-        up = min(1.0, (step + 1) / rise) if rise else 1.0
-        down = min(1.0, (self.steps - step) / fall) if fall else 1.0
-        return max(0.0, min(up, down))
+@overload
+def fit(sae: nn.Module, source: object, **options: Any) -> FitResult: ...
 
 
-@dataclass
-class _State:
-    """Everything that changes from step to step beside the module itself."""
-
-    optimizer: torch.optim.Optimizer
-    scheduler: torch.optim.lr_scheduler.LRScheduler
-    window: Tensor
-    source: Source
-    step: int = 0
-    window_steps: int = 0
-    history: list[dict[str, float]] = field(default_factory=list)
-    best: float | None = None
-    bad: int = 0
-    best_weights: dict[str, Any] | None = None
+@overload
+def fit(sae: Mapping[str, nn.Module], source: object, **options: Any) -> dict[str, FitResult]: ...
 
 
 def fit(
-    sae: nn.Module,
+    sae: nn.Module | Mapping[str, nn.Module],
     source: object,
     *,
     steps: int,
     batch_size: int = 1024,
-    lr: float = 1e-3,
+    lr: float | Mapping[str, float] = 1e-3,
     betas: tuple[float, float] = (0.9, 0.999),
     warmup: float = 0.05,
     decay: float = 0.2,
     clip: float | None = 1.0,
     seed: int = 0,
-    log: Callable[[dict[str, float]], object] | None = None,
+    log: Callable[[dict[str, Any]], object] | None = None,
     log_every: int = 50,
     progress: bool = True,
     checkpoint: str | os.PathLike | None = None,
@@ -105,29 +73,44 @@ def fit(
     validate_every: int | None = None,
     patience: int | None = None,
     device: torch.device | str | None = None,
-) -> FitResult:
+    compute_dtype: torch.dtype | None = None,
+    group: ProcessGroup | None = None,
+) -> FitResult | dict[str, FitResult]:
     """Trains a TopKSAE with Adam on `source`, decoder rows kept at unit norm.
 
     source: a tensor [rows, d_in] (shuffled epochs), an iterable of batches [..., d_in], a callable(step, generator) ->
-    batch, or `from_model(...)`; batch_size is of use for a tensor only. warmup and decay are shares of `steps`: the
-    learning rate rises linearly to lr and falls linearly to 0. clip: the largest gradient norm, or None.
+    batch, `from_model(...)` or `read_shuffled(...)`; batch_size is of use for a tensor only. warmup and decay are
+    shares of `steps`: the learning rate rises linearly to lr and falls linearly to 0. clip: the largest gradient norm,
+    or None. compute_dtype: losses and gradients are computed in it (bfloat16), weights and Adam kept as they are.
     log gets every history row: step, loss, fvu, aux, l0 (means since the last row), dead_share, lr (and validation).
     validate: held-out activations [rows, d_in] (their FVU) or a callable(sae) -> float, lower is better, run every
     validate_every steps; patience: stop after so many validations without a better one. The best weights are put back.
     checkpoint: a folder, written every checkpoint_every steps, at the end and on Ctrl-C (raised on as `Interrupted`).
     resume=True goes on from it: the result equals the uninterrupted run's bit for bit on the same device and threads.
 
+    A dict of SAEs is a grid: all are trained on the same batches, in one pass, each with its own lr where lr is a dict;
+    a result comes back per name, rows that are logged carry it as "sae", and checkpoint/<name> is an SAE's own.
+
+    group: the processes (of torchrun, say) that take each a part of every batch; they start from the first one's
+    weights. batch_size is that of all together: the result is that of one process but for rounding, and a run goes on
+    on any number of them. A `ShardedTopKSAE` brings the group of those that share its latents.
+
     The same seed gives the same bits; the caller's random state is left as it was. Raises ValueError naming an argument
     that is out of range, or what differs from the run to be resumed; FloatingPointError where the loss is not finite.
     """
+    saes = {"": sae} if isinstance(sae, nn.Module) else _checked_grid(sae)
+    rates = _rates(lr, saes)
     validate_every = validate_every or (log_every if validate is not None else None)
-    device = torch.device(device) if device is not None else next(sae.parameters()).device
-    sae.to(device).train()
-    feed = as_source(source, batch_size, seed)
-    plan = _Plan(
+    _check(validate, validate_every, patience, checkpoint, checkpoint_every, resume)
+    first = next(iter(saes.values()))
+    device = torch.device(device) if device is not None else next(first.parameters()).device
+    ranks = Ranks(group, getattr(first, "shard_group", None))
+    feed = part_of(as_source(source, batch_size, seed), *ranks.part)
+    dtype = None if compute_dtype is None else str(compute_dtype).removeprefix("torch.")
+    recipe = Recipe(
         steps,
         batch_size,
-        lr,
+        rates[next(iter(saes))],
         tuple(betas),
         warmup,
         decay,
@@ -136,55 +119,47 @@ def fit(
         log_every,
         validate_every,
         patience,
+        dtype,
         feed.describe(),
     )
-    _check(plan, validate, checkpoint, checkpoint_every, resume)
+    members = {name: Member(m, replace(recipe, lr=rates[name]), ranks, device) for name, m in saes.items()}
     if isinstance(validate, Tensor):
         validate = _held_out_fvu(validate, device)
     path = None if checkpoint is None else Path(checkpoint)
-    optimizer = torch.optim.Adam(sae.parameters(), lr=lr, betas=plan.betas)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, plan.factor)
-    state = _State(optimizer, scheduler, torch.zeros(len(COLUMNS), dtype=torch.float64, device=device), feed)
-    devices = [device] if device.type == "cuda" else []
-    started, handle = time.perf_counter(), sae.constrain(optimizer)
-    try:
-        with torch.random.fork_rng(devices=devices), _deferred_interrupt() as interrupted:
-            torch.manual_seed(seed)
-            if resume:
-                _restore(path, sae, plan, state, device)
-            stopped = _run(sae, plan, state, path, checkpoint_every, validate, log, progress, interrupted)
-    finally:
-        handle.remove()
-    return FitResult(state.history, state.step, time.perf_counter() - started, stopped, state.best)
+    run = Run(members, feed, ranks, recipe, validate, log, path, checkpoint_every)
+    started = time.perf_counter()
+    _train(run, resume, progress)
+    seconds = time.perf_counter() - started
+    results = {name: _result(member, seconds) for name, member in members.items()}
+    return results[""] if isinstance(sae, nn.Module) else results
 
 
-def _check(plan: _Plan, validate, checkpoint, checkpoint_every, resume) -> None:
-    _check_schedule(plan)
-    for name in ("steps", "batch_size", "log_every"):
-        value = getattr(plan, name)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"{name} must be an int of at least 1, got {value!r}")
-    for name, value in (
-        ("checkpoint_every", checkpoint_every),
-        ("patience", plan.patience),
-        ("validate_every", plan.validate_every),
-    ):
-        if value is not None and value < 1:
-            raise ValueError(f"{name} must be at least 1 or None, got {value}")
+def _checked_grid(saes: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    if not isinstance(saes, Mapping) or not saes:
+        raise TypeError(f"sae must be a TopKSAE or a dict of named ones, got {type(saes).__name__}")
+    for name in saes:
+        if not isinstance(name, str) or not name.replace("-", "").replace("_", "").replace(".", "").isalnum():
+            raise ValueError(f"a name in a grid is made of letters, digits, '-', '_' and '.', got {name!r}")
+    widths = {name: sae.d_in for name, sae in saes.items()}
+    if len(set(widths.values())) > 1:
+        raise ValueError(f"the SAEs of a grid see the same batches: one d_in, got {widths}")
+    return dict(saes)
+
+
+def _rates(lr: float | Mapping[str, float], saes: Mapping[str, nn.Module]) -> dict[str, float]:
+    rates = dict(lr) if isinstance(lr, Mapping) else dict.fromkeys(saes, lr)
+    if rates.keys() != saes.keys():
+        raise ValueError(f"lr is given for {sorted(rates)} and the grid is {sorted(saes)}")
+    return rates
+
+
+def _check(validate, validate_every, patience, checkpoint, checkpoint_every, resume) -> None:
+    if checkpoint_every is not None and checkpoint_every < 1:
+        raise ValueError(f"checkpoint_every must be at least 1 or None, got {checkpoint_every}")
     if (resume or checkpoint_every) and checkpoint is None:
         raise ValueError("resume and checkpoint_every need checkpoint, the folder to read and write")
-    if validate is None and (plan.patience or plan.validate_every):
+    if validate is None and (patience or validate_every):
         raise ValueError("patience and validate_every need validate: held-out activations or a callable")
-
-
-def _check_schedule(plan: _Plan) -> None:
-    if not plan.lr > 0:
-        raise ValueError(f"lr must be above 0, got {plan.lr}")
-    for name in ("warmup", "decay"):
-        if not 0 <= getattr(plan, name) <= 1:
-            raise ValueError(f"{name} is a share of the steps, 0 to 1, got {getattr(plan, name)}")
-    if plan.clip is not None and not plan.clip > 0:
-        raise ValueError(f"clip must be above 0 or None, got {plan.clip}")
 
 
 def _held_out_fvu(held_out: Tensor, device: torch.device) -> Callable[[nn.Module], float]:
@@ -193,98 +168,83 @@ def _held_out_fvu(held_out: Tensor, device: torch.device) -> Callable[[nn.Module
     return lambda sae: evaluate_reconstruction(sae, held_out, device=device)["fvu"]
 
 
-def _run(sae, plan, state, path, checkpoint_every, validate, log, progress, interrupted) -> str:
-    bar = _bar(plan.steps, state.step, progress)
-    try:
-        # a resumed run that had already stopped early has nothing left to do
-        stopped = plan.patience is not None and state.bad >= plan.patience
-        while state.step < plan.steps and not stopped:
+def _result(member: Member, seconds: float) -> FitResult:
+    stopped = "early stopping" if member.stopped else "finished"
+    return FitResult(member.history, member.steps, seconds, stopped, member.best)
+
+
+def _train(run: Run, resume: bool, progress: bool) -> None:
+    with ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng(devices=[run.device] if run.device.type == "cuda" else []))
+        interrupted = stack.enter_context(_deferred_interrupt())
+        for member in run.members.values():
+            stack.enter_context(member)
+        torch.manual_seed(run.recipe.seed)
+        if resume:
+            run.restore()
+        bar = stack.enter_context(_bar(run, progress and run.ranks.main))
+        while run.step < run.recipe.steps and run.active:
             # asked before a batch is drawn: one that was drawn and not used would be lost to the resumed run
-            batch = None if interrupted.is_set() else _next(state.source)
+            batch = None if _stops(run, interrupted) else _next(run)
             if batch is None:
-                _save(path, sae, plan, state)
-                raise Interrupted(state.step, path)
-            _step(sae, plan, state, batch)
-            row = _log_row(sae, plan, state)
-            if validate is not None and state.step % plan.validate_every == 0:
-                row = {**(row or {"step": state.step}), "validation": _validation(sae, state, validate, plan.patience)}
-                stopped = plan.patience is not None and state.bad >= plan.patience
-            _publish(row, state, log, bar)
-            if checkpoint_every and state.step % checkpoint_every == 0 and state.step < plan.steps:
-                _save(path, sae, plan, state)
-            bar.update(1)
-    finally:
-        bar.close()
-    if state.best_weights is not None:
-        sae.load_state_dict(state.best_weights)
-    _save(path, sae, plan, state)
-    return "early stopping" if stopped else "finished"
+                run.save()
+                raise Interrupted(run.step, run.checkpoint)
+            _advance(run, batch, bar)
+    for member in run.members.values():
+        member.put_best_back()
+    run.save()
 
 
-def _next(source: Source) -> Tensor | None:
+def _next(run: Run) -> Tensor | None:
     try:
-        return source.next()
+        return run.source.next()
     except KeyboardInterrupt:
+        if run.ranks.groups:  # the others know nothing of it, and saving is for all
+            raise
         return None
 
 
-def _step(sae: nn.Module, plan: _Plan, state: _State, batch: Tensor) -> None:
-    parameter = next(sae.parameters())
-    out = sae.loss(batch.to(parameter.device, parameter.dtype, non_blocking=True))
-    state.optimizer.zero_grad(set_to_none=True)
-    out.loss.backward()
-    if plan.clip is not None:
-        nn.utils.clip_grad_norm_(sae.parameters(), plan.clip)
-    state.optimizer.step()
-    state.scheduler.step()
-    # kept on the device: reading them is what would make the host wait
-    state.window += torch.stack([out.loss.detach(), out.mse.detach(), out.aux.detach(), out.l0.detach()]).double()
-    state.step += 1
-    state.window_steps += 1
+def _stops(run: Run, interrupted: threading.Event) -> bool:
+    """Whether Ctrl-C was pressed. Several processes agree where they meet anyway: after a history row."""
+    if not run.ranks.groups:
+        return interrupted.is_set()
+    if run.step % run.recipe.log_every:
+        return False
+    return run.ranks.any(interrupted.is_set(), run.device)
 
 
-def _log_row(sae: nn.Module, plan: _Plan, state: _State) -> dict[str, float] | None:
-    """The means since the last row, every log_every steps and at the end; here the host waits for the device."""
-    if state.step % plan.log_every and state.step < plan.steps:
-        return None
-    means = (state.window / state.window_steps).tolist()
-    row = {"step": state.step, **dict(zip(COLUMNS, means, strict=True))}
-    if not math.isfinite(row["loss"]):
-        raise FloatingPointError(
-            f"the loss is {row['loss']} before step {state.step}: look at the activations, or lower lr"
-        )
-    row["dead_share"] = sae.dead.double().mean().item()
-    row["lr"] = plan.lr * plan.factor(state.step - 1)
-    state.window.zero_()
-    state.window_steps = 0
-    return row
+def _advance(run: Run, batch: Tensor, bar: Any) -> None:
+    recipe, rows = run.recipe, {}
+    active = run.active
+    for member in active.values():
+        member.step(batch)
+    run.step += 1
+    for name, member in active.items():
+        row = member.row() if run.step % recipe.log_every == 0 or run.step == recipe.steps else None
+        if run.validate is not None and run.step % recipe.validate_every == 0:
+            row = {**(row or {"step": run.step}), "validation": member.validated(run.validate)}
+        if row is not None:
+            member.history.append(row)
+            rows[name] = row
+    _publish(run, rows, bar)
+    if run.checkpoint_every and run.step % run.checkpoint_every == 0 and run.step < recipe.steps:
+        run.save()
+    bar.update(1)
 
 
-def _publish(row: dict[str, float] | None, state: _State, log, bar) -> None:
-    if row is None:
+def _publish(run: Run, rows: dict[str, dict[str, float]], bar: Any) -> None:
+    if not run.ranks.main:
         return
-    state.history.append(row)
-    if log is not None:
-        log(dict(row))
-    bar.set_postfix(
-        {name: f"{row[name]:.4g}" for name in ("loss", "fvu", "l0", "dead_share") if name in row}, refresh=False
-    )
-
-
-def _validation(sae: nn.Module, state: _State, validate: Callable[[nn.Module], float], patience: int | None) -> float:
-    sae.eval()
-    try:
-        with torch.no_grad():
-            score = float(validate(sae))
-    finally:
-        sae.train()
-    if state.best is None or score < state.best:
-        state.best, state.bad = score, 0
-        if patience is not None:
-            state.best_weights = copy.deepcopy(sae.state_dict())
+    for name, row in rows.items():
+        if run.log is not None:
+            run.log({"sae": name, **row} if name else dict(row))
+    if len(rows) == 1:
+        row = next(iter(rows.values()))
+        shown = {name: f"{row[name]:.4g}" for name in ("loss", "fvu", "l0", "dead_share") if name in row}
     else:
-        state.bad += 1
-    return score
+        shown = {name: f"{row['fvu']:.4g}" for name, row in rows.items() if "fvu" in row}
+    if rows:
+        bar.set_postfix(shown, refresh=False)
 
 
 class _Silent:
@@ -292,15 +252,15 @@ class _Silent:
 
     def set_postfix(self, values: dict[str, str], refresh: bool) -> None: ...
 
-    def close(self) -> None: ...
 
-
-def _bar(steps: int, done: int, progress: bool) -> Any:
+@contextmanager
+def _bar(run: Run, progress: bool) -> Iterator[Any]:
     if not progress:
-        return _Silent()
-    return need("tqdm", "the progress bar (progress=True)", "train").tqdm(
-        total=steps, initial=done, desc="SAE", unit="step"
-    )
+        yield _Silent()
+        return
+    tqdm = need("tqdm", "the progress bar (progress=True)", "train").tqdm
+    with tqdm(total=run.recipe.steps, initial=run.step, desc="SAE", unit="step") as bar:
+        yield bar
 
 
 @contextmanager
@@ -323,46 +283,3 @@ def _deferred_interrupt() -> Iterator[threading.Event]:
         yield event
     finally:
         signal.signal(signal.SIGINT, before)
-
-
-def _save(path: Path | None, sae: nn.Module, plan: _Plan, state: _State) -> None:
-    if path is None:
-        return
-    scheduler = {key: value for key, value in state.scheduler.state_dict().items() if key != "lr_lambdas"}
-    training = {
-        "plan": asdict(plan),
-        "step": state.step,
-        "optimizer": state.optimizer.state_dict(),
-        "scheduler": scheduler,
-        "window": state.window,
-        "window_steps": state.window_steps,
-        "history": state.history,
-        "source": state.source.state_dict(),
-        "best": state.best,
-        "bad": state.bad,
-        "best_weights": state.best_weights,
-        "rng": torch.get_rng_state(),
-        "cuda_rng": torch.cuda.get_rng_state(state.window.device) if state.window.is_cuda else None,
-    }
-    write_folder(path, sae, training)
-
-
-def _restore(path: Path, sae: nn.Module, plan: _Plan, state: _State, device: torch.device) -> None:
-    folder = find_folder(path)
-    training = read_training(folder)
-    now = asdict(plan)
-    then = {**training["plan"], "betas": tuple(training["plan"]["betas"])}
-    differing = [f"{name} was {then.get(name)!r} and is {now[name]!r}" for name in now if then.get(name) != now[name]]
-    if differing:
-        raise ValueError(f"resume: this run is not the one in {folder}: {'; '.join(differing)}")
-    load_weights(sae, folder)
-    state.optimizer.load_state_dict(training["optimizer"])
-    state.scheduler.load_state_dict({**training["scheduler"], "lr_lambdas": [None]})
-    state.source.load_state_dict(training["source"])
-    state.window.copy_(training["window"])
-    state.step, state.window_steps = training["step"], training["window_steps"]
-    state.history = training["history"]
-    state.best, state.bad, state.best_weights = training["best"], training["bad"], training["best_weights"]
-    torch.set_rng_state(training["rng"])
-    if device.type == "cuda" and training["cuda_rng"] is not None:
-        torch.cuda.set_rng_state(training["cuda_rng"], device)

@@ -44,6 +44,30 @@ def as_source(source: object, batch_size: int, seed: int) -> Source:
     )
 
 
+def part_of(source: Source, part: int, parts: int) -> Source:
+    """Rows part, part + parts, ... of every batch; a source with a method split(part, parts) does so by itself."""
+    if parts == 1:
+        return source
+    if hasattr(source, "split"):
+        source.split(part, parts)
+        return source
+    return _Part(source, part, parts)
+
+
+class _Part:
+    def __init__(self, source: Source, part: int, parts: int) -> None:
+        self.source, self.part, self.parts = source, part, parts
+        self.state_dict, self.load_state_dict, self.describe = (
+            source.state_dict,
+            source.load_state_dict,
+            source.describe,
+        )
+
+    def next(self) -> Tensor:
+        batch = self.source.next()
+        return batch.reshape(-1, batch.shape[-1])[self.part :: self.parts]
+
+
 class TensorSource:
     """Shuffled epochs over the rows of a tensor [rows, d_in]: each epoch draws every row once.
 
@@ -58,7 +82,7 @@ class TensorSource:
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         self.x, self.batch_size, self.seed = x, min(batch_size, x.shape[0]), seed
-        self._drawn = 0
+        self._drawn, self._part, self._parts = 0, 0, 1
         self._epoch, self._order = -1, torch.empty(0, dtype=torch.int64)
 
     def _rows_of(self, epoch: int) -> Tensor:
@@ -75,7 +99,12 @@ class TensorSource:
             picked.append(part)
             missing -= len(part)
             self._drawn += len(part)
-        return self.x[torch.cat(picked).to(self.x.device)]
+        return self.x[torch.cat(picked)[self._part :: self._parts].to(self.x.device)]
+
+    def split(self, part: int, parts: int) -> None:
+        if self.batch_size < parts:
+            raise ValueError(f"batch_size {self.batch_size} is too small for {parts} processes")
+        self._part, self._parts = part, parts
 
     def state_dict(self) -> dict[str, Any]:
         return {"drawn": self._drawn}

@@ -1,0 +1,149 @@
+"""One SAE in training: its optimiser and schedule, its means since the last row, its history and its best weights."""
+
+import copy
+import math
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..nn.group import summed
+from .ranks import Ranks, clip_gradients
+from .recipe import Recipe
+
+COLUMNS = ("loss", "fvu", "aux", "l0")
+
+
+class _Objective(nn.Module):
+    """batch -> (loss, [4] float64 of COLUMNS).
+
+    With a dtype it is computed on copies of the weights in it; the gradients come back to the weights as they are kept.
+    """
+
+    def __init__(self, sae: nn.Module, dtype: torch.dtype | None) -> None:
+        super().__init__()
+        self.sae, self.dtype = sae, dtype
+
+    def forward(self, batch: Tensor) -> tuple[Tensor, Tensor]:
+        if self.dtype is None:
+            out = self.sae.loss(batch)
+        else:
+            weights = {f"sae.{name}": p.to(self.dtype) for name, p in self.sae.named_parameters()}
+            out = torch.func.functional_call(_Loss(self.sae), weights, (batch,))
+        return out.loss, torch.stack([out.loss, out.mse, out.aux, out.l0]).detach().double()
+
+
+class _Loss(nn.Module):
+    def __init__(self, sae: nn.Module) -> None:
+        super().__init__()
+        self.sae = sae
+
+    def forward(self, batch: Tensor) -> Any:
+        return self.sae.loss(batch)
+
+
+class Member:
+    """step() trains on a batch; row() gives the means since the last one; validated() keeps the best weights.
+
+    Use as a context manager: inside it the decoder rows are constrained and the SAE knows with whom it trains.
+    """
+
+    def __init__(self, sae: nn.Module, recipe: Recipe, ranks: Ranks, device: torch.device) -> None:
+        self.sae, self.recipe, self.ranks = sae.to(device).train(), recipe, ranks
+        self.optimizer = torch.optim.Adam(sae.parameters(), lr=recipe.lr, betas=recipe.betas)
+        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, recipe.factor)
+        self.window, self.window_steps = torch.zeros(len(COLUMNS), dtype=torch.float64, device=device), 0
+        self.history: list[dict[str, float]] = []
+        self.steps, self.bad = 0, 0
+        self.best: float | None = None
+        self.best_weights: dict[str, Any] | None = None
+        dtype = None if recipe.compute_dtype is None else getattr(torch, recipe.compute_dtype)
+        self.objective: nn.Module = _Objective(self.sae, dtype)
+        if ranks.data is not None:
+            self.objective = nn.parallel.DistributedDataParallel(
+                self.objective, process_group=ranks.data, broadcast_buffers=False, gradient_as_bucket_view=True
+            )
+
+    def __enter__(self) -> "Member":
+        self.sae.data_group, self._handle = self.ranks.data, self.sae.constrain(self.optimizer)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._handle.remove()
+        self.sae.data_group = None
+
+    @property
+    def stopped(self) -> bool:
+        return self.recipe.patience is not None and self.bad >= self.recipe.patience
+
+    def step(self, batch: Tensor) -> None:
+        loss, columns = self.objective(batch.to(self.window.device, self.sae.W_dec.dtype, non_blocking=True))
+        self.optimizer.zero_grad(set_to_none=True)
+        # each process has a share of the loss, and what averages the gradients is to add them up
+        (loss * self.ranks.part[1]).backward()
+        if self.recipe.clip is not None:
+            clip_gradients(self.sae, self.recipe.clip, self.ranks)
+        self.optimizer.step()
+        self.scheduler.step()
+        self.window += columns  # kept on the device: reading it is what would make the host wait
+        self.steps += 1
+        self.window_steps += 1
+
+    def row(self) -> dict[str, float]:
+        """The means since the last row; here the host waits for the device, and every process for the others."""
+        means = (summed(self.window, self.ranks.data) / self.window_steps).tolist()
+        row = {"step": self.steps, **dict(zip(COLUMNS, means, strict=True))}
+        if not math.isfinite(row["loss"]):
+            raise FloatingPointError(
+                f"the loss is {row['loss']} before step {self.steps}: look at the activations, or lower lr"
+            )
+        dead = summed(self.sae.dead.double().sum(), self.ranks.shard)
+        row["dead_share"] = (dead / self.sae.d_sae).item()
+        row["lr"] = self.recipe.lr * self.recipe.factor(self.steps - 1)
+        self.window.zero_()
+        self.window_steps = 0
+        return row
+
+    def validated(self, validate: Callable[[nn.Module], float]) -> float:
+        self.sae.eval()
+        try:
+            with torch.no_grad():
+                score = self.ranks.shared(float(validate(self.sae)))
+        finally:
+            self.sae.train()
+        if self.best is None or score < self.best:
+            self.best, self.bad = score, 0
+            if self.recipe.patience is not None:
+                self.best_weights = copy.deepcopy(self.sae.state_dict())
+        else:
+            self.bad += 1
+        return score
+
+    def put_best_back(self) -> None:
+        if self.best_weights is not None:
+            self.sae.load_state_dict(self.best_weights)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything beside the weights that the next step depends on: plain tensors and numbers."""
+        return {
+            "recipe": asdict(self.recipe),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": {key: value for key, value in self.scheduler.state_dict().items() if key != "lr_lambdas"},
+            "window": summed(self.window, self.ranks.data),
+            "window_steps": self.window_steps,
+            "history": self.history,
+            "steps": self.steps,
+            "best": self.best,
+            "bad": self.bad,
+            "best_weights": self.best_weights,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict({**state["scheduler"], "lr_lambdas": [None]})
+        # the sum over the processes was kept: the first one carries it on
+        self.window.copy_(state["window"] if self.ranks.first_copy else torch.zeros_like(state["window"]))
+        self.window_steps, self.history, self.steps = state["window_steps"], state["history"], state["steps"]
+        self.best, self.bad, self.best_weights = state["best"], state["bad"], state["best_weights"]

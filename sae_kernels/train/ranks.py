@@ -1,0 +1,79 @@
+"""The processes that train together: those that share a batch, and those that share the latents of one SAE."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from ..nn.group import summed
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """data: the group whose processes take each a part of every batch; shard: the one whose processes hold each a part
+    of the latents. None: this process alone. Where both are given, each process of one shard group has another data
+    group."""
+
+    data: ProcessGroup | None = None
+    shard: ProcessGroup | None = None
+
+    @property
+    def groups(self) -> list[ProcessGroup]:
+        return [group for group in (self.shard, self.data) if group is not None]
+
+    @property
+    def part(self) -> tuple[int, int]:
+        """(which part of the batch is this process's, of how many)."""
+        if self.data is None:
+            return 0, 1
+        return torch.distributed.get_rank(self.data), torch.distributed.get_world_size(self.data)
+
+    @property
+    def main(self) -> bool:
+        """Whether this is the one process that writes and shows."""
+        return all(torch.distributed.get_rank(group) == 0 for group in self.groups)
+
+    @property
+    def first_copy(self) -> bool:
+        """Whether this process belongs to the first of the groups that hold the same weights."""
+        return self.part[0] == 0
+
+    def barrier(self) -> None:
+        for group in self.groups:
+            torch.distributed.barrier(group)
+
+    def shared(self, value: T) -> T:
+        """The main process's value, on all."""
+        for group in self.groups:
+            holder = [value]
+            torch.distributed.broadcast_object_list(holder, group=group, group_src=0)
+            value = holder[0]
+        return value
+
+    def any(self, flag: bool, device: torch.device) -> bool:
+        """Whether it is so on any process."""
+        count = torch.tensor([int(flag)], device=device)
+        for group in self.groups:
+            count = summed(count, group)
+        return bool(count)
+
+
+def clip_gradients(sae: nn.Module, limit: float, ranks: Ranks) -> Tensor:
+    """Scales the gradients down to a norm of at most `limit`, that of the whole SAE; returns the norm before."""
+    parameters = dict(sae.named_parameters())
+    if ranks.shard is None:
+        return nn.utils.clip_grad_norm_(parameters.values(), limit)
+    squares = {name: torch.linalg.vector_norm(p.grad, dtype=torch.float64).square() for name, p in parameters.items()}
+    mine = sum(square for name, square in squares.items() if name in sae.sharded)
+    rest = sum(square for name, square in squares.items() if name not in sae.sharded)
+    norm = (summed(mine, ranks.shard) + rest).sqrt()
+    nn.utils.clip_grads_with_norm_(parameters.values(), limit, norm)
+    return norm

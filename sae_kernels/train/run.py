@@ -1,0 +1,88 @@
+"""A training run: its members, the batches they share, and how all of it is kept and taken up again."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from .checkpoint import FORMAT, find_folder, load_weights, read_training, replacing, write_sae
+from .member import Member
+from .ranks import Ranks
+from .recipe import Recipe
+from .sources import Source
+
+
+@dataclass
+class Run:
+    """members by name, "" where there is one alone; the fields of recipe but for lr are those of every member."""
+
+    members: dict[str, Member]
+    source: Source
+    ranks: Ranks
+    recipe: Recipe
+    validate: Callable[[nn.Module], float] | None
+    log: Callable[[dict[str, Any]], object] | None
+    checkpoint: Path | None
+    checkpoint_every: int | None
+    step: int = 0
+
+    @property
+    def active(self) -> dict[str, Member]:
+        """Those that have not stopped early."""
+        return {name: member for name, member in self.members.items() if not member.stopped}
+
+    @property
+    def device(self) -> torch.device:
+        return next(iter(self.members.values())).window.device
+
+    def save(self) -> None:
+        """Writes the checkpoint where one was asked for; every process of the run must call it."""
+        if self.checkpoint is None:
+            return
+        training = {
+            "step": self.step,
+            "members": {name: member.state_dict() for name, member in self.members.items()},
+            "source": self.source.state_dict(),
+            "rng": torch.get_rng_state(),
+            "cuda_rng": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
+        }
+        with replacing(self.checkpoint, self.ranks) as folder:
+            if not self.ranks.main:
+                return
+            for name, member in self.members.items():
+                write_sae(folder / name, member.sae)
+            if "" not in self.members:
+                names = {"format": FORMAT, "grid": list(self.members)}
+                (folder / "config.json").write_text(json.dumps(names, indent=2) + "\n")
+            torch.save(training, folder / "training.pt")
+
+    def restore(self) -> None:
+        """Takes the run up from its checkpoint. Raises ValueError naming what differs from the run that wrote it."""
+        folder = find_folder(self.checkpoint)
+        training = read_training(folder)
+        if training["members"].keys() != self.members.keys():
+            raise ValueError(
+                f"resume: {folder} holds {_names(training['members'])} and this run is of {_names(self.members)}"
+            )
+        for name, member in self.members.items():
+            state = training["members"][name]
+            differing = member.recipe.differences(state["recipe"])
+            if differing:
+                of = f" ({name})" if name else ""
+                raise ValueError(f"resume: this run{of} is not the one in {folder}: {'; '.join(differing)}")
+        for name, member in self.members.items():
+            load_weights(member.sae, folder / name)
+            member.load_state_dict(training["members"][name])
+        self.source.load_state_dict(training["source"])
+        self.step = training["step"]
+        torch.set_rng_state(training["rng"])
+        if self.device.type == "cuda" and training["cuda_rng"] is not None:
+            torch.cuda.set_rng_state(training["cuda_rng"], self.device)
+
+
+def _names(members: dict[str, Any]) -> str:
+    return "one SAE" if "" in members else f"a grid of {', '.join(members)}"
