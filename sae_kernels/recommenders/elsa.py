@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import embedding_bag, normalize
 
-from ._bags import row_ids
+from ._bags import multi_hot, row_ids
 
 
 class ELSAEncoder(nn.Module):
@@ -46,7 +46,7 @@ class ELSA(nn.Module):
     itself.
     """
 
-    hook_point = "encoder"
+    hook_point, positions, mask = "encoder", "all", None
 
     def __init__(self, n_items: int, d: int = 256) -> None:
         super().__init__()
@@ -58,6 +58,10 @@ class ELSA(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.decoder(self.encoder(x)) - x
+
+    def inputs(self, flat: Tensor, offsets: Tensor) -> Tensor:
+        """Bags -> the rows [B, n_items] of zeros and ones that forward takes."""
+        return multi_hot(flat, offsets, self.n_items, self.encoder.weight.dtype)
 
     def encode_histories(self, flat: Tensor, offsets: Tensor) -> Tensor:
         """Bags (flat [nnz], offsets [B + 1]) -> [B, d]; no multi-hot row is built. An empty history gives zeros."""

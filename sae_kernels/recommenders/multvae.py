@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import dropout, embedding_bag, linear, log_softmax, normalize
 
-from ._bags import row_ids
+from ._bags import multi_hot, row_ids
 
 
 class MultVAEEncoder(nn.Module):
@@ -47,7 +47,7 @@ class MultVAE(nn.Module):
     KL term, reached linearly after anneal_steps training steps.
     """
 
-    hook_point = "encoder"
+    hook_point, positions, mask = "encoder", "all", None
 
     def __init__(
         self,
@@ -77,6 +77,10 @@ class MultVAE(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.decoder(self.encoder(x))
+
+    def inputs(self, flat: Tensor, offsets: Tensor) -> Tensor:
+        """Bags -> the rows [B, n_items] of zeros and ones that forward takes."""
+        return multi_hot(flat, offsets, self.n_items, self.encoder.weight.dtype)
 
     def encode_histories(self, flat: Tensor, offsets: Tensor) -> Tensor:
         """Bags (flat [nnz], offsets [B + 1]) -> mu [B, d]; the multi-hot rows are never built."""

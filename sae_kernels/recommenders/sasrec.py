@@ -53,7 +53,7 @@ class SASRec(nn.Module):
     count from the left end, so that T must be the max_len of its training.
     """
 
-    hook_point = "norm"
+    hook_point, positions = "norm", "last"
 
     def __init__(
         self,
@@ -132,11 +132,11 @@ class SASRec(nn.Module):
 
     def encode_histories(self, flat: Tensor, offsets: Tensor) -> Tensor:
         """Bags (flat [nnz] in time order, offsets [B + 1]) -> the last position's hidden state [B, d]."""
-        return self.encode(self._sequences(flat, offsets))[:, -1]
+        return self.encode(self.inputs(flat, offsets))[:, -1]
 
     def score_histories(self, flat: Tensor, offsets: Tensor) -> Tensor:
         """Bags -> scores [B, n_items] of the next item, without the padding's column."""
-        return self(self._sequences(flat, offsets))[:, 1:]
+        return self(self.inputs(flat, offsets))[:, 1:]
 
     def training_loss(self, flat: Tensor, offsets: Tensor, negatives: int | None = None) -> Tensor:
         """Mean cross-entropy of the next item at all positions; against `negatives` random items alone if given."""
@@ -152,9 +152,14 @@ class SASRec(nn.Module):
         goal = (hidden * items[target]).sum(1, keepdim=True)
         return cross_entropy(torch.cat([goal, others], 1), torch.zeros_like(target))
 
-    def _sequences(self, flat: Tensor, offsets: Tensor) -> Tensor:
+    def inputs(self, flat: Tensor, offsets: Tensor) -> Tensor:
+        """Bags, in time order -> seq [B, T], what forward takes."""
         longest = int(offsets.diff().max()) if offsets.numel() > 1 else 0
         return pad_left(flat, offsets, max(min(self.max_len, longest), 1) if self.mask_padding else self.max_len)
+
+    def mask(self, seq: Tensor) -> Tensor:
+        """[B, T] bool: the positions that hold an item."""
+        return seq != 0
 
     def _mask(self, seq: Tensor) -> Tensor:
         """[B, 1, T, T] bool: what is neither later nor padding; and the position itself, lest a row be all False."""
