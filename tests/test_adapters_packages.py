@@ -13,8 +13,14 @@ from sae_kernels.nn import TopKSAE
 from sae_kernels.recommenders.adapters import from_recbole, from_rectools
 
 
-@pytest.fixture(scope="module")
-def recbole(tmp_path_factory):
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    """Both packages write their logs into the working directory."""
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def recbole(tmp_path):
     """name -> (adapter, dataset, scores that RecBole itself gives its test users, histories of those users)."""
     pytest.importorskip("recbole", reason="RecBole is absent")
     with warnings.catch_warnings():
@@ -23,7 +29,7 @@ def recbole(tmp_path_factory):
         from recbole.data import create_dataset, data_preparation
         from recbole.utils import get_model, get_trainer, init_seed
 
-        folder = tmp_path_factory.mktemp("recbole")
+        folder = tmp_path
         (folder / "toy").mkdir()
         (folder / "toy" / "toy.inter").write_text(_atomic())
 

@@ -8,18 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._modules import find_module, get_tensor, put_tensor, tensor_key
 from ..nn import SparseCode, TopKSAE
 from ._target import (
     Mask,
     MaskSource,
     check_positions,
     check_rows,
-    find_module,
-    get_tensor,
     last_position,
     nested_like,
-    put_tensor,
-    tensor_key,
     unnested,
 )
 

@@ -8,15 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._modules import find_module, get_tensor, tensor_key
 from ._target import (
     Mask,
     MaskSource,
     check_positions,
     check_rows,
-    find_module,
-    get_tensor,
     last_position,
-    tensor_key,
     unnested,
 )
 

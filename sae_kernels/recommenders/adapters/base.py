@@ -5,8 +5,7 @@ from collections.abc import Hashable, Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
-from ...hooks import record
-from ...hooks._target import find_module, get_tensor, put_tensor, tensor_key
+from ..._modules import find_module, get_tensor, put_tensor, tensor_key
 from .._bags import multi_hot, pad_left
 
 
@@ -38,23 +37,30 @@ class Adapter(nn.Module):
         self._code_of = {item: code for code, item in enumerate(item_ids)}
 
     def inputs(self, flat: Tensor, offsets: Tensor) -> Tensor:
-        """Bags (flat [nnz] codes, offsets [B + 1]) -> what forward takes."""
-        raise NotImplementedError
+        """Bags (flat [nnz] codes, offsets [B + 1]) -> what forward takes: rows of zeros and ones [B, n_items]."""
+        return multi_hot(flat, offsets, self.n_items)
 
     def mask(self, inputs: Tensor) -> Tensor | None:
         """Which positions of the inputs are real [B, T] bool, as `record` and `attach` take it; None for [B, d]."""
         return None
 
     def encode_histories(self, flat: Tensor, offsets: Tensor) -> Tensor:
-        """Bags -> what the scores come from, at the hook point: [B, d]. Of an empty sequence: zeros."""
-        inputs = self.inputs(flat, offsets)
-        with record(self, self.hook_point, positions=self.positions, mask=self.mask, detach=False) as rec:
+        """Bags -> what the scores come from, at the hook point: [B, d]. That of an empty sequence means nothing."""
+        return self._at_hook_point(self.inputs(flat, offsets))
+
+    def _at_hook_point(self, inputs: Tensor) -> Tensor:
+        found = []
+        where = f"{type(self).__name__} {self.hook_point!r}"
+
+        def keep(module: nn.Module, args: tuple, output: object) -> None:
+            found.append(get_tensor(output, tensor_key(output, where, None, None)))
+
+        handle = find_module(self, self.hook_point).register_forward_hook(keep)
+        try:
             self(inputs)
-        found, mask = rec.activations, self.mask(inputs)
-        if mask is None or len(found) == len(mask):
-            return found
-        rows = found.new_zeros(len(mask), found.shape[1])
-        return rows.index_copy(0, mask.any(1).nonzero().squeeze(1), found)
+        finally:
+            handle.remove()
+        return found[0]
 
     def score_histories(self, flat: Tensor, offsets: Tensor) -> Tensor:
         """Bags -> scores [B, n_items]."""
@@ -117,9 +123,6 @@ class CollaborativeAdapter(Adapter):
         super().__init__(model, f"model.{hook_point}", n_items, item_ids)
         self.d = self._probe()
 
-    def inputs(self, flat: Tensor, offsets: Tensor) -> Tensor:
-        return multi_hot(flat, offsets, self.n_items)
-
     def forward(self, x: Tensor) -> Tensor:
         return self.model(x)
 
@@ -172,6 +175,10 @@ class SequenceAdapter(Adapter):
 
     def mask(self, inputs: Tensor) -> Tensor:
         return inputs != self.pad_token
+
+    def encode_histories(self, flat: Tensor, offsets: Tensor) -> Tensor:
+        tokens = self.inputs(flat, offsets)
+        return self.last(self._at_hook_point(tokens), tokens)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """tokens [B, max_len] -> scores [B, n_items]."""

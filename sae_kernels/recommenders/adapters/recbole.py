@@ -3,9 +3,9 @@
 from collections.abc import Hashable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from .._bags import multi_hot
 from .base import Adapter, SequenceAdapter
 
 # where what is scored comes from: the last block of SASRec, the head's norm of BERT4Rec
@@ -72,10 +72,7 @@ class RecBoleAutoencoder(Adapter):
     def inputs(self, flat: Tensor, offsets: Tensor) -> Tensor:
         """Bags -> [B, n_items + 1], column 0 for the padding."""
         device = next(self.model.parameters()).device
-        rows = torch.repeat_interleave(torch.arange(offsets.numel() - 1), offsets.cpu().diff()).to(device)
-        x = torch.zeros(offsets.numel() - 1, self.n_items + 1, device=device)
-        x[rows, flat.to(device) + 1] = 1
-        return x
+        return multi_hot(flat.to(device) + 1, offsets.to(device), self.n_items + 1)
 
     def forward(self, x: Tensor) -> Tensor:
         scores = self.model(x)
