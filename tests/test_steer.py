@@ -41,6 +41,13 @@ CASES = {
         lambda z: 0.7 * z + onto(torch.zeros_like(z), lambda c: c + 0.1 * z.sum(-1, keepdim=True)),
     ),
     "mix one": (steer.mix(7, 1.0), lambda z: z.sum(-1, keepdim=True) * (torch.arange(D) == 7)),
+    "mix all": (
+        steer.mix_all([([4, 0], 0.2), (torch.tensor([11, 0]), 0.5)]),
+        lambda z: (
+            0.3 * z
+            + z.sum(-1, keepdim=True) * torch.tensor([0.35, 0, 0, 0, 0.1, 0, 0, 0, 0, 0, 0, 0.25, 0], dtype=z.dtype)
+        ),
+    ),
     "mix nothing": (steer.mix(LATENTS, 0.0), lambda z: z),
     "set": (steer.set_(LATENTS, 1.5), lambda z: onto(z, lambda c: torch.full_like(c, 1.5))),
     "set each": (steer.set_(torch.tensor(LATENTS), AMOUNTS), lambda z: onto(z, lambda c: AMOUNTS.expand_as(c))),
@@ -102,6 +109,10 @@ def test_dtype_stays_and_gradients_flow(dtype):
     [
         (lambda: steer.mix([1], 1.5), ValueError, "alpha must be between 0 and 1, got 1.5"),
         (lambda: steer.mix([], 0.5), ValueError, "mix: latents must name at least one latent"),
+        (lambda: steer.mix_all([(1, 0.6), (2, 0.5)]), ValueError, "the alphas must sum to at most 1, got 1.1"),
+        (lambda: steer.mix_all([]), ValueError, "latents must name at least one latent"),
+        (lambda: steer.direction([1.0], 1.0), TypeError, r"vector must be a floating tensor \[d_in\], got list"),
+        (lambda: steer.direction(torch.ones(2), math.nan), ValueError, "vector and amount must be finite"),
         (lambda: steer.set_([1, 1], 0.5), ValueError, "set_: latents must be distinct"),
         (lambda: steer.add([-1], 0.5), ValueError, "add: latents must be distinct and not negative"),
         (lambda: steer.suppress([0.5]), TypeError, "suppress: latents must be integers, got torch.float32"),

@@ -142,7 +142,10 @@ class TopKSAE(nn.Module):
             values = torch.cat([edited.values.to(dtype), -code.values.to(dtype)], dim=-1)
             indices = torch.cat([edited.indices, code.indices.to(edited.indices.dtype)], dim=-1)
         y = sparse_decode(values, indices, self.W_dec, None)
-        return (y if code.scale is None else y.to(code.scale.dtype) * code.scale).to(code.values.dtype)
+        y = y if code.scale is None else y.to(code.scale.dtype) * code.scale
+        if edited.offset is not code.offset:
+            y = y + (edited.offset if code.offset is None else edited.offset - code.offset)
+        return y.to(code.values.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., d_in] -> x_hat, of x's shape and dtype."""

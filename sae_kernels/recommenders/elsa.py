@@ -21,6 +21,10 @@ class ELSAEncoder(nn.Module):
     def forward(self, x: Tensor, offsets: Tensor | None = None) -> Tensor:
         n_items = self.weight.shape[0]
         if offsets is not None:
+            if x.numel() < n_items:  # a few histories: the rows they need cost less than all
+                rows = normalize(self.weight[x], dim=1)
+                place = torch.arange(x.numel(), device=x.device)
+                return embedding_bag(place, rows, offsets, mode="sum", include_last_offset=True)
             return embedding_bag(x, self.items(), offsets, mode="sum", include_last_offset=True)
         if x.dim() == 0 or x.shape[-1] != n_items:
             raise ValueError(f"ELSA: x {tuple(x.shape)} must end in n_items = {n_items}")
@@ -71,6 +75,10 @@ class ELSA(nn.Module):
         """Bags -> scores [B, n_items], as forward on their multi-hot rows."""
         scores = self.decoder(self.encoder(flat, offsets))
         return scores.index_put((row_ids(offsets), flat), scores.new_tensor(-1.0), accumulate=True)
+
+    def item_head(self) -> tuple[None, Tensor, None]:
+        """(query, items [n_items, d], bias): an embedding h scores query(h) @ items.T + bias; None: as it is, none."""
+        return None, self.encoder.items(), None
 
     def training_loss(self, flat: Tensor, offsets: Tensor) -> Tensor:
         """Mean over the rows of |p / |p| - x / |x||^2 with p = relu(x A A^T - x). The items of a row must be distinct.

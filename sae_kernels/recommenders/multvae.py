@@ -90,6 +90,10 @@ class MultVAE(nn.Module):
         """Bags -> logits [B, n_items]."""
         return self.decoder(self.encoder(flat, offsets))
 
+    def item_head(self) -> tuple[nn.Module, Tensor, Tensor]:
+        """(query, items [n_items, hidden], bias [n_items]): mu scores query(mu) @ items.T + bias."""
+        return self.decoder[:2], self.decoder[2].weight, self.decoder[2].bias
+
     def training_loss(self, flat: Tensor, offsets: Tensor) -> Tensor:
         """Mean over the rows of -log p(x | z) + beta_t KL(q(z | x) || N(0, 1)), z from q; counts one step of beta."""
         mu, log_variance = self.encoder.moments(flat, offsets)

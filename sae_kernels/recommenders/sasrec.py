@@ -138,6 +138,10 @@ class SASRec(nn.Module):
         """Bags -> scores [B, n_items] of the next item, without the padding's column."""
         return self(self.inputs(flat, offsets))[:, 1:]
 
+    def item_head(self) -> tuple[None, Tensor, None]:
+        """(query, items [n_items, d], bias): a state h scores query(h) @ items.T + bias; None: as it is, none."""
+        return None, self.item_embedding.weight[1:], None
+
     def training_loss(self, flat: Tensor, offsets: Tensor, negatives: int | None = None) -> Tensor:
         """Mean cross-entropy of the next item at all positions; against `negatives` random items alone if given."""
         seq = pad_left(flat, offsets, min(self.max_len + 1, int(offsets.diff().max())))

@@ -4,6 +4,8 @@ latents: an int, a sequence of ints or a 1-d integer tensor, distinct, each in [
 activation of a latent, also where it stands in several slots of a row or in none, and leaves all other latents alone.
 """
 
+import dataclasses
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -20,15 +22,52 @@ def mix(latents: Latents, alpha: float) -> Edit:
 
     alpha in [0, 1] (Spisak et al. 2026). A row that fires nowhere stays so.
     """
-    chosen = _latents("mix", latents)
-    if chosen.numel() == 0:
+    return mix_all([(latents, alpha)])
+
+
+def mix_all(parts: Sequence[tuple[Latents, float]]) -> Edit:
+    """Several concepts at once: z -> (1 - sum of the alphas) z + alpha_c s / m_c on the m_c latents of each part.
+
+    parts: (latents, alpha), the alphas in [0, 1] with a sum of at most 1; a latent may stand in several parts.
+    """
+    chosen = [_latents("mix", latents) for latents, _ in parts]
+    alphas = [alpha for _, alpha in parts]
+    if not chosen or any(part.numel() == 0 for part in chosen):
         raise ValueError("mix: latents must name at least one latent")
-    if not 0 <= alpha <= 1:
-        raise ValueError(f"mix: alpha must be between 0 and 1, got {alpha}")
+    for alpha in alphas:
+        if not 0 <= alpha <= 1:
+            raise ValueError(f"mix: alpha must be between 0 and 1, got {alpha}")
+    # three times 1/3 may come out above 1
+    if sum(alphas) > 1 + 1e-9:
+        raise ValueError(f"mix: the alphas must sum to at most 1, got {sum(alphas)}")
+    each = [
+        torch.full((part.numel(),), a / part.numel(), dtype=torch.float64)
+        for part, a in zip(chosen, alphas, strict=True)
+    ]
+    where, share, rest = torch.cat(chosen), torch.cat(each), max(1 - sum(alphas), 0.0)
 
     def edit(code: SparseCode) -> SparseCode:
-        part = code.values.sum(-1, keepdim=True) * (alpha / chosen.numel())
-        return _with_slots(code, code.values * (1 - alpha), chosen, part)
+        mass = code.values.sum(-1, keepdim=True)
+        return _with_slots(code, code.values * rest, where, mass * share.to(mass))
+
+    return edit
+
+
+def direction(vector: Tensor, amount: float) -> Edit:
+    """Moves x_hat by amount * vector, past the latents; vector [d_in] lives where the SAE's normalised input does.
+
+    With a normaliser that scales each row, long and short histories are so moved alike. Codes stay as they are.
+    """
+    if not isinstance(vector, Tensor) or vector.dim() != 1 or not vector.is_floating_point():
+        came = f"{vector.dtype} {tuple(vector.shape)}" if isinstance(vector, Tensor) else type(vector).__name__
+        raise TypeError(f"direction: vector must be a floating tensor [d_in], got {came}")
+    if not bool(vector.isfinite().all()) or not math.isfinite(amount):
+        raise ValueError("direction: vector and amount must be finite")
+
+    def edit(code: SparseCode) -> SparseCode:
+        step = amount * vector.to(code.values)
+        step = step if code.scale is None else step * code.scale
+        return dataclasses.replace(code, offset=step if code.offset is None else code.offset + step)
 
     return edit
 
