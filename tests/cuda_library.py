@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.utils import cpp_extension
 
-from sae_kernels.cuda import topk_encode  # noqa: F401  the schemas that the library implements
+from sae_kernels.cuda import sparse_decode, topk_encode  # noqa: F401  the schemas that the library implements
 
 ROOT = Path(__file__).parents[1]
 HOST = ROOT / "tests" / "cuda_host"

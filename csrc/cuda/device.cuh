@@ -32,6 +32,8 @@ __device__ __forceinline__ void from_acc(float x, bf16& out) {
   out.bits = x != x ? 0x7fff : static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
+__device__ __forceinline__ float nan_value() { return __uint_as_float(0x7fc00000u); }
+
 // V neighbours, read and written in one access
 template <class T, int V> struct alignas(sizeof(T) * V) Pack { T at[V]; };
 template <class T> constexpr int kWide = 16 / sizeof(T);

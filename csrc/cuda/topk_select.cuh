@@ -44,7 +44,7 @@ __device__ __forceinline__ int latent_in(uint64_t key) { return int(0x7fffffffu 
 __device__ __forceinline__ float value_in(uint64_t key, bool is_abs) {
   const uint32_t order = order_in(key);
   if (order <= kMasked) return 0.0f;
-  if (order == kNanOrder) return __uint_as_float(0x7fc00000u);
+  if (order == kNanOrder) return nan_value();
   const float score = __uint_as_float(order & kSign ? order ^ kSign : ~order);
   return is_abs && (key & 1) ? -score : score;
 }

@@ -1,0 +1,93 @@
+// Runs every kernel of csrc/cuda on small data, to be compiled with a sanitizer. Says nothing where nothing is found; the
+// results themselves are checked by the tests that go through torch.
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <random>
+
+namespace {  // of this file alone: AddressSanitizer then guards the arrays that stand for shared memory
+#include "cuda/latent_sums.cuh"
+#include "cuda/topk_select.cuh"
+}  // namespace
+
+using namespace sae_kernels;
+
+template <class T> std::vector<T> numbers(size_t n, int low, int high) {
+  static std::mt19937 generator(0);
+  std::uniform_int_distribution<int> one(low, high);
+  std::vector<T> all(n);
+  for (T& x : all) x = static_cast<T>(one(generator));
+  return all;
+}
+
+// Two chunks of latents, with scores from 0 to `top`: there are more ties than the buffers hold.
+template <class P, int V> void select(int rows, int columns, int k, int top) {
+  std::vector<float> slab = numbers<float>(rows * columns, 0, top), bias = numbers<float>(2 * columns, 0, 0), values(rows * k);
+  std::vector<uint8_t> mask = numbers<uint8_t>(2 * columns, 0, 9);
+  std::vector<uint64_t> keys(rows * k);
+  std::vector<int32_t> indices(rows * k), trims(1);
+  SelectArgs args{};
+  args.slab = slab.data(), args.bias = bias.data(), args.mask = mask.data(), args.keys = keys.data();
+  args.values = values.data(), args.indices = indices.data(), args.trims = trims.data();
+  args.rows = rows, args.stride = args.columns = columns, args.k = k;
+  const dim3 grid(ceil_div(rows, P::kRows));
+  cuda_host::run(select_rows<P, V, kAbs>, grid, P::kThreads, args);
+  args.first = columns, args.filled = args.last = 1;
+  cuda_host::run(select_rows<P, V, kRelu>, grid, P::kThreads, args);
+}
+
+void sort_whole_rows() {
+  const int rows = 2, columns = 270, k = 3;
+  std::vector<float> slab = numbers<float>(rows * columns, -9, 9), values(rows * k);
+  std::vector<uint64_t> keys(rows * columns);
+  std::vector<int32_t> indices(rows * k);
+  SelectArgs args{};
+  args.slab = slab.data(), args.keys = keys.data(), args.values = values.data(), args.indices = indices.data();
+  args.rows = rows, args.stride = args.columns = columns, args.k = k;
+  cuda_host::run(write_keys<kNone>, dim3(2, 1), kElementThreads, args);
+  cuda_host::run(write_codes<kNone>, dim3(1), kElementThreads, args);
+}
+
+template <int V> void decode(int64_t rows, int k, int64_t d_sae, int64_t d) {
+  std::vector<float> values = numbers<float>(rows * k, -9, 9), W = numbers<float>(d_sae * d, -9, 9), grad(rows * d), out(rows * d);
+  std::vector<float> bias(d), dots(rows * k);
+  std::vector<int32_t> indices = numbers<int32_t>(rows * k, -1, d_sae);  // the first and the last are out of range
+  DecodeArgs<float, int32_t> args{};
+  args.values = values.data(), args.indices = indices.data(), args.W = W.data(), args.bias = bias.data();
+  args.grad = grad.data(), args.out = out.data(), args.rows = rows, args.d_sae = d_sae, args.d = d;
+  args.k = k, args.lanes = lanes_for(d, V);
+  const int64_t teams = kDecodeThreads / args.lanes, slices = ceil_div(d, int64_t(args.lanes) * V);
+  cuda_host::run(decode_rows<float, int32_t, V>, dim3(ceil_div(rows, teams), slices), kDecodeThreads, args);
+  args.out = dots.data();
+  cuda_host::run(dot_rows<float, int32_t, V>, dim3(ceil_div(rows, teams), ceil_div(k, kDots)), kDecodeThreads, args);
+}
+
+template <int V> void sums(int64_t rows, int k, int64_t d_sae, int64_t d, int64_t chunk) {
+  const int64_t entries = rows * k, chunks = ceil_div(entries, chunk);
+  std::vector<int32_t> latents = numbers<int32_t>(entries, -1, d_sae);
+  std::sort(latents.begin(), latents.end());
+  std::vector<int64_t> order(entries);
+  for (int64_t i = 0; i < entries; ++i) order[i] = (i * 7) % entries;
+  std::vector<float> data(rows * d), weights(entries), W(d_sae * d), dots(entries), out(d_sae * d), totals(d_sae);
+  std::vector<float> slots(2 * chunks * d), slot_totals(2 * chunks);
+  SumArgs<float, int32_t> args{};
+  args.rows = data.data(), args.weights = weights.data(), args.W = W.data(), args.latents = latents.data();
+  args.order = order.data(), args.dots = dots.data(), args.sums = out.data(), args.totals = totals.data();
+  args.slots = slots.data(), args.slot_totals = slot_totals.data();
+  args.entries = entries, args.chunk = chunk, args.d_sae = d_sae, args.d = d, args.k = k, args.lanes = lanes_for(d, V);
+  const dim3 grid(ceil_div(chunks, kDecodeThreads / args.lanes), ceil_div(d, int64_t(args.lanes) * V));
+  cuda_host::run(sum_runs<float, int32_t, V>, grid, kDecodeThreads, args);
+  cuda_host::run(join_runs<float, int32_t, V>, grid, kDecodeThreads, args);
+}
+
+int main() {
+  select<SelectTo1024, 4>(1, 3700, 130, 0);
+  select<SelectTo32, 4>(9, 400, 5, 0);
+  select<SelectTo64, 1>(2, 611, 40, 1);
+  sort_whole_rows();
+  decode<4>(5, 3, 7, 36);
+  decode<1>(3, 6, 7, 35);
+  sums<4>(10, 3, 5, 36, 4);
+  sums<1>(5, 3, 4, 3, 2);
+}

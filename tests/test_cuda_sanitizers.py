@@ -1,0 +1,69 @@
+"""Every CUDA kernel, run on the CPU by tests/cuda_host under ThreadSanitizer and AddressSanitizer; and proof that they
+find what they are there for.
+"""
+
+import os
+import shutil
+import subprocess
+
+import cuda_library
+import pytest
+
+
+def run(sanitizer, csrc, folder) -> subprocess.CompletedProcess:
+    """Compiles tests/cuda_host/main.cpp over the kernels in `csrc` and runs it."""
+    program = folder / "main"
+    flags = [*cuda_library.FLAGS, f"-fsanitize={sanitizer}", "-O0", "-g1", "-Wno-unused-function", f"-I{csrc}"]
+    build = [cuda_library.compiler(), *flags, cuda_library.HOST / "main.cpp", "-o", program]
+    built = subprocess.run(build, capture_output=True, text=True)
+    if "cannot find" in built.stderr and "san" in built.stderr:
+        pytest.skip(f"this compiler has no {sanitizer} sanitizer")
+    assert built.returncode == 0 and not built.stderr, built.stderr
+    environment = {**os.environ, "TSAN_OPTIONS": "halt_on_error=1", "ASAN_OPTIONS": "detect_leaks=0"}
+    return subprocess.run([program], env=environment, capture_output=True, text=True, timeout=200)
+
+
+@pytest.mark.parametrize("sanitizer", ["thread", "address"])
+def test_the_kernels_are_clean(tmp_path, sanitizer):
+    done = run(sanitizer, cuda_library.ROOT / "csrc", tmp_path)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+FAULTS = {
+    "no __syncthreads before the sum over warps": (
+        "thread",
+        "if (threadIdx.x % kWarp == 0) partial[threadIdx.x / kWarp] = warp;\n  __syncthreads();",
+        "if (threadIdx.x % kWarp == 0) partial[threadIdx.x / kWarp] = warp;",
+        "data race",
+    ),
+    "no __syncwarp between the steps of the sort": (
+        "thread",
+        "      team_sync<P>();\n      for (int pair",
+        "      for (int pair",
+        "data race",
+    ),
+    "reads beyond the last column": (
+        "address",
+        "if (column >= a.columns) {",
+        "if (false) {",
+        "heap-buffer-overflow",
+    ),
+    "writes beyond the buffer in shared memory": (
+        "address",
+        "if (filled + P::kTeam * V <= P::kCapacity) continue;",
+        "if (true) continue;",
+        "global-buffer-overflow",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_put_into_the_selection_is_found(tmp_path, fault):
+    sanitizer, right, wrong, message = FAULTS[fault]
+    csrc = shutil.copytree(cuda_library.ROOT / "csrc", tmp_path / "csrc")
+    kernel = csrc / "cuda" / "topk_select.cuh"
+    text = kernel.read_text()
+    assert text.count(right) == 1
+    kernel.write_text(text.replace(right, wrong))
+    done = run(sanitizer, csrc, tmp_path)
+    assert done.returncode != 0 and message in done.stderr
