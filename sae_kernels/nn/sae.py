@@ -123,7 +123,7 @@ class TopKSAE(nn.Module):
     def decode(self, code: SparseCode) -> Tensor:
         """The code, edited or not -> x_hat [..., d_in] in the space of x and the dtype of code.values."""
         self._check_code(code)
-        y = sparse_decode(code.values.to(self.W_dec.dtype), code.indices, self.W_dec, self.b_dec)
+        y = self._decoded(code.values.to(self.W_dec.dtype), code.indices, self.b_dec)
         if code.scale is not None:
             y = y.to(code.scale.dtype) * code.scale
         return (y if code.offset is None else y + code.offset).to(code.values.dtype)
@@ -141,7 +141,7 @@ class TopKSAE(nn.Module):
         else:
             values = torch.cat([edited.values.to(dtype), -code.values.to(dtype)], dim=-1)
             indices = torch.cat([edited.indices, code.indices.to(edited.indices.dtype)], dim=-1)
-        y = sparse_decode(values, indices, self.W_dec, None)
+        y = self._decoded(values, indices, None)
         y = y if code.scale is None else y.to(code.scale.dtype) * code.scale
         if edited.offset is not code.offset:
             y = y + (edited.offset if code.offset is None else edited.offset - code.offset)
@@ -170,17 +170,17 @@ class TopKSAE(nn.Module):
         normalized, offset, scale = self.normalizer(rows)
         normalized = normalized.to(self.W_enc.dtype)
         values, indices = self._choose(normalized)
-        fires = (values != 0).sum(-1, dtype=torch.float32)
+        fires = self._firing_per_row(values)
         if self.training:
             self._count_firings(values, indices, weight)
         scale_of_error = total_variance(normalized, weight, self.data_group)
-        mse = reconstruction_error(values, indices, self.W_dec, self.b_dec, normalized, weight, scale_of_error)
+        mse = self._reconstruction_error(values, indices, normalized, weight, scale_of_error)
         aux = self._aux(normalized, values, indices, weight) if self.aux_coef else torch.zeros_like(mse)
         mass = summed(fires.new_zeros(()) + fires.shape[0] if weight is None else weight.sum(), self.data_group)
         l0 = (fires if weight is None else fires * weight).sum() / torch.where(mass > 0, mass, 1)
         code = SparseCode(
-            values.to(x.dtype).reshape(*shape, self.k),
-            indices.reshape(*shape, self.k),
+            values.to(x.dtype).reshape(*shape, values.shape[-1]),
+            indices.reshape(*shape, values.shape[-1]),
             self.d_sae,
             offset if offset is None or offset.dim() == 1 else offset.reshape(*shape, 1),
             scale if scale is None or scale.dim() == 1 else scale.reshape(*shape, 1),
@@ -214,16 +214,28 @@ class TopKSAE(nn.Module):
             x = x - self.b_dec
         return topk_encode(x, self.W_enc, b_enc, self.k, activation=self.activation)
 
+    def _decoded(self, values: Tensor, indices: Tensor, b_dec: Tensor | None) -> Tensor:
+        return sparse_decode(values, indices, self.W_dec, b_dec)
+
+    def _firing_per_row(self, values: Tensor) -> Tensor:
+        return (values != 0).sum(-1, dtype=torch.float32)
+
+    def _reconstruction_error(
+        self, values: Tensor, indices: Tensor, x: Tensor, weight: Tensor | None, scale: Tensor
+    ) -> Tensor:
+        return reconstruction_error(values, indices, self.W_dec, self.b_dec, x, weight, scale)
+
     @torch.no_grad()
     def _count_firings(self, values: Tensor, indices: Tensor, weight: Tensor | None) -> None:
-        fired = torch.zeros(self.d_sae + 1, dtype=torch.bool, device=values.device)
+        latents = self.rows_since_fired.shape[0]
+        fired = torch.zeros(latents + 1, dtype=torch.bool, device=values.device)
         for block in row_blocks(values):
             fires = values[block] != 0
             if weight is not None:
                 fires = fires & (weight[block] > 0).unsqueeze(-1)
             # slots that do not fire go to one latent too many; every write is the same, so the order does not matter
-            fired.index_fill_(0, torch.where(fires, indices[block], self.d_sae).reshape(-1).long(), True)
-        fired, seen = fired[: self.d_sae], values.shape[0] if weight is None else (weight > 0).sum()
+            fired.index_fill_(0, torch.where(fires, indices[block], latents).reshape(-1).long(), True)
+        fired, seen = fired[:latents], values.shape[0] if weight is None else (weight > 0).sum()
         if self.data_group is not None:
             counts = torch.cat([fired.int(), torch.zeros_like(fired[:1], dtype=torch.int32) + seen])
             counts = summed(counts, self.data_group)

@@ -9,17 +9,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .._need import need
 from .ranks import Ranks
+from .shards import read_shards
 
 FORMAT = 1
+SHARDS = "shards"
 CONFIG = ("d_in", "d_sae", "k", "activation", "normalize", "k_aux", "aux_coef", "aux_rows", "dead_after")
 
 
 def save_sae(sae: nn.Module, path: str | os.PathLike) -> None:
-    """Writes config.json and model.safetensors of a TopKSAE into the folder `path`, replacing an older one whole."""
+    """Writes config.json and model.safetensors of a TopKSAE into the folder `path`, replacing an older one whole.
+
+    Raises TypeError for one whose latents are on several processes: `fit` writes those.
+    """
+    if hasattr(sae, "sharded"):
+        raise TypeError("save_sae writes a whole SAE and this one is in parts: train it with fit(checkpoint=...)")
     with replacing(Path(path)) as folder:
         write_sae(folder, sae)
 
@@ -34,7 +41,7 @@ def load_sae(path: str | os.PathLike, device: torch.device | str = "cpu") -> nn.
     folder = find_folder(Path(path))
     config = read_config(folder)
     sae = TopKSAE(**config["sae"], device=device, dtype=getattr(torch, config["dtype"]))
-    load_weights(sae, folder)
+    put_weights(sae, read_weights(folder), folder)
     return sae.eval()
 
 
@@ -58,10 +65,19 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def load_weights(sae: nn.Module, folder: Path) -> None:
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """The state dict in a checkpoint's folder, whole, however many processes wrote it."""
+    if (folder / SHARDS).is_dir():
+        return with_prefix(read_shards(folder / SHARDS), "model.")
+    return need("safetensors.torch", "reading a checkpoint", "train").load_file(folder / "model.safetensors")
+
+
+def with_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+
+
+def put_weights(sae: nn.Module, found: dict[str, Tensor], folder: Path) -> None:
     """Strict: raises ValueError naming the missing keys, the unexpected keys and the shapes that differ."""
-    safetensors = need("safetensors.torch", "reading a checkpoint", "train")
-    found = safetensors.load_file(folder / "model.safetensors")
     wanted = sae.state_dict()
     problems = [
         f"{label}: {', '.join(sorted(keys))}"
@@ -88,9 +104,13 @@ def load_weights(sae: nn.Module, folder: Path) -> None:
 def write_sae(folder: Path, sae: nn.Module) -> None:
     """config.json and model.safetensors of `sae`, into a folder that may exist."""
     safetensors = need("safetensors.torch", "writing a checkpoint", "train")
-    folder.mkdir(exist_ok=True)
+    write_config(folder, sae)
     tensors = {key: value.detach().contiguous() for key, value in sae.state_dict().items()}
     safetensors.save_file(tensors, folder / "model.safetensors")
+
+
+def write_config(folder: Path, sae: nn.Module) -> None:
+    folder.mkdir(exist_ok=True)
     config = {
         "format": FORMAT,
         "sae": {name: getattr(sae, name) for name in CONFIG},

@@ -126,24 +126,40 @@ class Member:
             self.sae.load_state_dict(self.best_weights)
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything beside the weights that the next step depends on: plain tensors and numbers."""
+        """Numbers, and tensors of a fixed size, that the next step depends on beside the weights and `tensors()`."""
         return {
             "recipe": asdict(self.recipe),
-            "optimizer": self.optimizer.state_dict(),
             "scheduler": {key: value for key, value in self.scheduler.state_dict().items() if key != "lr_lambdas"},
+            "param_groups": self.optimizer.state_dict()["param_groups"],
             "window": summed(self.window, self.ranks.data),
             "window_steps": self.window_steps,
             "history": self.history,
             "steps": self.steps,
             "best": self.best,
             "bad": self.bad,
-            "best_weights": self.best_weights,
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.optimizer.load_state_dict(state["optimizer"])
+    def tensors(self) -> dict[str, Tensor]:
+        """Adam's state and the best weights: adam.<parameter>.<field> and best.<key>, as far as they are there."""
+        found = {
+            f"adam.{name}.{field}": value
+            for name, p in self.sae.named_parameters()
+            for field, value in self.optimizer.state.get(p, {}).items()
+        }
+        return found | {f"best.{key}": value for key, value in (self.best_weights or {}).items()}
+
+    def load_state_dict(self, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        names = [name for name, _ in self.sae.named_parameters()]
+        adam: dict[int, dict[str, Tensor]] = {}
+        for key, value in tensors.items():
+            if key.startswith("adam."):
+                _, name, field = key.split(".")
+                adam.setdefault(names.index(name), {})[field] = value
+        self.optimizer.load_state_dict({"state": adam, "param_groups": state["param_groups"]})
         self.scheduler.load_state_dict({**state["scheduler"], "lr_lambdas": [None]})
         # the sum over the processes was kept: the first one carries it on
         self.window.copy_(state["window"] if self.ranks.first_copy else torch.zeros_like(state["window"]))
         self.window_steps, self.history, self.steps = state["window_steps"], state["history"], state["steps"]
-        self.best, self.bad, self.best_weights = state["best"], state["bad"], state["best_weights"]
+        self.best, self.bad = state["best"], state["bad"]
+        best = {key.removeprefix("best."): value for key, value in tensors.items() if key.startswith("best.")}
+        self.best_weights = best or None

@@ -7,13 +7,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from .checkpoint import FORMAT, find_folder, load_weights, read_training, replacing, write_sae
+from .checkpoint import (
+    FORMAT,
+    SHARDS,
+    find_folder,
+    put_weights,
+    read_training,
+    read_weights,
+    replacing,
+    with_prefix,
+    write_config,
+    write_sae,
+)
 from .member import Member
 from .ranks import Ranks
 from .recipe import Recipe
+from .shards import own_rows, read_shards, write_shards
 from .sources import Source
+
+TENSORS = "optimizer.pt"
 
 
 @dataclass
@@ -51,14 +65,26 @@ class Run:
             "cuda_rng": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
         }
         with replacing(self.checkpoint, self.ranks) as folder:
-            if not self.ranks.main:
-                return
-            for name, member in self.members.items():
-                write_sae(folder / name, member.sae)
-            if "" not in self.members:
-                names = {"format": FORMAT, "grid": list(self.members)}
-                (folder / "config.json").write_text(json.dumps(names, indent=2) + "\n")
-            torch.save(training, folder / "training.pt")
+            if self.ranks.shard is not None:
+                self._save_parts(folder)
+            elif self.ranks.main:
+                for name, member in self.members.items():
+                    write_sae(folder / name, member.sae)
+                    torch.save(member.tensors(), folder / name / TENSORS)
+            if self.ranks.main:
+                if "" not in self.members:
+                    names = {"format": FORMAT, "grid": list(self.members)}
+                    (folder / "config.json").write_text(json.dumps(names, indent=2) + "\n")
+                torch.save(training, folder / "training.pt")
+
+    def _save_parts(self, folder: Path) -> None:
+        if not self.ranks.first_copy:
+            return
+        for name, member in self.members.items():
+            if self.ranks.main:
+                write_config(folder / name, member.sae)
+            weights = {f"model.{key}": value for key, value in member.sae.state_dict().items()}
+            write_shards(folder / name / SHARDS, weights | member.tensors(), member.sae.sharded, self.ranks.shard)
 
     def restore(self) -> None:
         """Takes the run up from its checkpoint. Raises ValueError naming what differs from the run that wrote it."""
@@ -69,19 +95,29 @@ class Run:
                 f"resume: {folder} holds {_names(training['members'])} and this run is of {_names(self.members)}"
             )
         for name, member in self.members.items():
-            state = training["members"][name]
-            differing = member.recipe.differences(state["recipe"])
+            differing = member.recipe.differences(training["members"][name]["recipe"])
             if differing:
                 of = f" ({name})" if name else ""
                 raise ValueError(f"resume: this run{of} is not the one in {folder}: {'; '.join(differing)}")
         for name, member in self.members.items():
-            load_weights(member.sae, folder / name)
-            member.load_state_dict(training["members"][name])
+            tensors = self._read(folder / name, member)
+            put_weights(member.sae, with_prefix(tensors, "model."), folder / name)
+            member.load_state_dict(training["members"][name], tensors)
         self.source.load_state_dict(training["source"])
         self.step = training["step"]
         torch.set_rng_state(training["rng"])
         if self.device.type == "cuda" and training["cuda_rng"] is not None:
             torch.cuda.set_rng_state(training["cuda_rng"], self.device)
+
+    def _read(self, folder: Path, member: Member) -> dict[str, Tensor]:
+        """What this process holds of the weights and of member.tensors(), whoever wrote them."""
+        group = self.ranks.shard
+        sharded = () if group is None else member.sae.sharded
+        if (folder / SHARDS).is_dir():
+            return read_shards(folder / SHARDS, sharded, group)
+        tensors = {f"model.{key}": value for key, value in read_weights(folder).items()}
+        tensors |= torch.load(folder / TENSORS, map_location="cpu", weights_only=True)
+        return tensors if group is None else own_rows(tensors, sharded, group)
 
 
 def _names(members: dict[str, Any]) -> str:
