@@ -32,7 +32,10 @@ class record:
     stored. A tensor, also assignable as `rec.mask` before each forward pass, or a callable on the inputs of the model.
     positions: "all", or "last" for the last real position of every sequence of [B, T, d].
     detach: False keeps the graph. to: a dtype or device for what is stored. Rows are copied, so a later in-place
-    operation of the model does not change them.
+    operation of the model does not change them. stop: the forward pass ends, and the block with it, as soon as every
+    named module has run: what the model would compute after them is not needed.
+
+    `places` says where each row comes from, and `leading_shapes` what that counts in.
 
     ValueError for an unknown name (it lists the nearest ones) or a mask that does not fit; TypeError for an output
     without a tensor; RuntimeError where a module never ran. The hooks go when the block ends, by an exception too.
@@ -49,6 +52,7 @@ class record:
         to: torch.dtype | torch.device | str | None = None,
         output_index: int | None = None,
         output_key: str | None = None,
+        stop: bool = False,
     ) -> None:
         check_positions(positions)
         self._single = isinstance(names, str)
@@ -59,7 +63,8 @@ class record:
         self._parts: dict[str, list[Tensor]] = {name: [] for name in listed}
         self._model, self._mask, self._source = model, mask, None
         self._positions, self._detach, self._to = positions, detach, to
-        self._index, self._key = output_index, output_key
+        self._index, self._key, self.stop = output_index, output_key, stop
+        self._places: dict[str, list[tuple[torch.Size, Tensor | None]]] = {name: [] for name in listed}
         self._handles: list[Any] = []
 
     def __enter__(self) -> record:
@@ -69,13 +74,15 @@ class record:
         for name, module in self._modules.items():
             self._handles.append(module.register_forward_hook(self._hook(name)))
         self._handles.append(self._source)
+        self._waiting = set(self._modules)
         return self
 
-    def __exit__(self, *exc: object) -> None:
+    def __exit__(self, kind: type | None, *exc: object) -> bool:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
         self._source = None
+        return kind is _Stop
 
     @property
     def mask(self) -> Mask | None:
@@ -93,9 +100,24 @@ class record:
         result = {name: self._joined(name) for name in self._parts}
         return next(iter(result.values())) if self._single else result
 
+    @property
+    def leading_shapes(self) -> list[torch.Size] | dict[str, list[torch.Size]]:
+        """The shape without d of every output recorded, [B] or [B, T]; a dict by name for several names."""
+        result = {name: [shape for shape, _ in calls] for name, calls in self._places.items()}
+        return next(iter(result.values())) if self._single else result
+
+    @property
+    def places(self) -> Tensor | dict[str, Tensor]:
+        """[rows] int64: each row's number among all positions of its output, b * T + t; a dict for several names."""
+        result = {
+            name: torch.cat([_numbers(shape, kept) for shape, kept in calls]) if calls else torch.empty(0).long()
+            for name, calls in self._places.items()
+        }
+        return next(iter(result.values())) if self._single else result
+
     def clear(self) -> None:
         """Forgets what was recorded; recording goes on."""
-        for parts in self._parts.values():
+        for parts in (*self._parts.values(), *self._places.values()):
             parts.clear()
 
     def _joined(self, name: str) -> Tensor:
@@ -112,18 +134,34 @@ class record:
             x = get_tensor(output, tensor_key(output, where, self._index, self._key))
             x, mask = unnested(x, self._source.current(x.device))
             check_rows(x, where, self._positions, mask)
-            self._parts[name].append(self._rows(x.detach() if self._detach else x, mask))
+            rows, kept = self._rows(x.detach() if self._detach else x, mask)
+            self._parts[name].append(rows)
+            self._places[name].append((x.shape[:-1], kept))
+            self._waiting.discard(name)
+            if self.stop and not self._waiting:
+                raise _Stop
 
         return store
 
-    def _rows(self, x: Tensor, mask: Tensor | None) -> Tensor:
+    def _rows(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The rows to keep, copied, and their numbers; None for all in order."""
+        numbers = None
         if self._positions == "last":
-            last, real = last_position(x, mask)
-            x = x.take_along_dim(last[..., None, None], dim=-2).squeeze(-2) if x.shape[-2] else x[..., :0, :].sum(-2)
-            mask = real
+            length = x.shape[-2]
+            last, mask = last_position(x, mask)
+            x = x.take_along_dim(last[..., None, None], dim=-2).squeeze(-2) if length else x[..., :0, :].sum(-2)
+            numbers = (torch.arange(last.numel(), device=x.device).view_as(last) * length + last).reshape(-1)
         rows = x.reshape(-1, x.shape[-1])
-        if mask is not None:
-            rows = rows[mask.reshape(-1)]
-        elif self._to is None:
-            return rows.clone()
-        return rows.to(self._to, copy=True) if self._to is not None else rows
+        if mask is None:
+            return (rows.clone() if self._to is None else rows.to(self._to, copy=True)), numbers
+        kept = mask.reshape(-1).nonzero().squeeze(1)
+        rows = rows[kept]
+        return (rows if self._to is None else rows.to(self._to)), kept if numbers is None else numbers[kept]
+
+
+class _Stop(Exception):
+    """Ends a forward pass that has given all that was asked for."""
+
+
+def _numbers(shape: torch.Size, kept: Tensor | None) -> Tensor:
+    return torch.arange(shape.numel()) if kept is None else kept

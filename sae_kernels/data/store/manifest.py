@@ -108,7 +108,8 @@ class Manifest:
         for _, part in records:
             moments = part if moments is None else moments.merge(part)
         shards = (*self.shards, *(shard for shard, _ in records))
-        return replace(self, inputs=(*self.inputs, self.pending), pending=None, shards=shards, moments=moments)
+        inputs = (*self.inputs, {**self.pending, "shards": len(records)})
+        return replace(self, inputs=inputs, pending=None, shards=shards, moments=moments)
 
 
 def differences(there: dict[str, Any], here: dict[str, Any]) -> list[str]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ...nn.code import SparseCode
+from ...ops import ActivationStats
 from . import shards as shard_files
 from .files import Files, open_files
 from .manifest import MANIFEST, Field, Manifest, Shard
@@ -144,8 +145,24 @@ class ActivationStore:
         """The codes of the given rows, ready for the SAE's decode. ValueError for a store of activations."""
         if self.kind != "codes":
             raise ValueError(f"{self.url}: code() needs a store of codes, this one holds {self.kind}")
-        extra = {name: self.read(rows, name) for name in ("offset", "scale") if name in self.fields}
-        return SparseCode(self.read(rows), self.read(rows, "indices"), self.manifest.source["d_sae"], **extra)
+        source, extra = self.manifest.source, {}
+        for name in ("offset", "scale"):
+            if name in self.fields:
+                extra[name] = self.read(rows, name)
+            elif name in source:  # one for all rows
+                extra[name] = torch.tensor(source[name])
+        return SparseCode(self.read(rows), self.read(rows, "indices"), source["d_sae"], **extra)
+
+    def stats(self, **options: Any) -> ActivationStats:
+        """What the latents do over all rows of a store of codes; options: those of ActivationStats. Its ids are row
+        numbers of the store."""
+        if self.kind != "codes":
+            raise ValueError(f"{self.url}: stats() needs a store of codes, this one holds {self.kind}")
+        stats = ActivationStats(self.manifest.source["d_sae"], **options)
+        for number in range(len(self.shards)):
+            tensors = self.shard(number)
+            stats.update(tensors["values"], tensors["indices"])
+        return stats
 
     def verify(self) -> list[Damage]:
         """Reads every byte; the shards whose size, sha256 or tensors are not what the manifest says. [] is good."""

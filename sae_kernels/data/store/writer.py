@@ -55,7 +55,7 @@ class StoreWriter:
         wanted = Manifest(kind, fields, _plain(source), pending=_plain(plan))
         found = read_manifest(path, storage_options)
         self.manifest = wanted if found is None else _continued(found, wanted, append, self._files.url)
-        self.finished = self.manifest.pending is None
+        self.finished, self.plan = self.manifest.pending is None, plan
         self._storage_options = storage_options
         if found is None and self._files.names():
             raise FileExistsError(f"{self._files.url}: holds files that are no activation store; nothing was written")
@@ -260,6 +260,16 @@ def read_manifest(path: str | os.PathLike, storage_options: dict[str, Any] | Non
         return None
 
 
+def place_of(manifest: Manifest, plan: dict[str, Any]) -> range | None:
+    """The numbers of the shards that a finished run with this plan has written; None where there was none."""
+    first = 0
+    for run in manifest.inputs:
+        if {**run, "shards": None} == {**_plain(plan), "shards": None}:
+            return range(first, first + run["shards"])
+        first += run["shards"]
+    return None
+
+
 def _continued(found: Manifest, wanted: Manifest, append: bool, url: str) -> Manifest:
     """The manifest to go on with; the very `found` where nothing has to be written for that."""
     other = found.differences(wanted)
@@ -270,10 +280,10 @@ def _continued(found: Manifest, wanted: Manifest, append: bool, url: str) -> Man
         if other:
             raise ValueError(f"{url}: a run with other inputs is under way there: {'; '.join(other)}")
         return found
-    if wanted.pending in found.inputs:
+    if place_of(found, wanted.pending) is not None:
         return found
     if not append:
-        other = differences(found.inputs[-1], wanted.pending)
+        other = differences(found.inputs[-1] | {"shards": None}, wanted.pending | {"shards": None})
         raise ValueError(f"{url}: the store there holds other inputs: {'; '.join(other)}; append=True adds these")
     return Manifest(found.kind, found.fields, found.source, found.inputs, wanted.pending, found.shards, found.moments)
 
