@@ -1,22 +1,18 @@
 """Extraction: the store holds what the module puts out, row for row, whatever the inputs, and says what is wrong."""
 
 import itertools
-import json
 import shutil
 import warnings
 
 import pytest
 import torch
+from extract_models import D, Flat, Sequences, T, hidden, ids, real, run, same
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from sae_kernels import ActivationStats, TopKSAE
-from sae_kernels.data.extract import ActivationStream, CallableInputs, as_inputs, collect_stats, extract, repair
+from sae_kernels import TopKSAE
+from sae_kernels.data.extract import CallableInputs, as_inputs, repair
 from sae_kernels.data.store import ActivationStore
-from sae_kernels.hooks import record
-from sae_kernels.train import fit
-
-D, T = 8, 6
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -25,61 +21,6 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-class Sequences(nn.Module):
-    """ids [B, T], 0 for padding -> [B]; "encoder" puts out [B, T, D]; `after` counts what runs behind it."""
-
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.embed, self.encoder, self.head = nn.Embedding(30, D), nn.Linear(D, D), nn.Linear(D, 1)
-        self.after, self.seen_training = 0, []
-
-    def forward(self, ids, scale=None):
-        self.seen_training.append(self.training)
-        hidden = self.encoder(self.embed(ids) if scale is None else self.embed(ids) * scale)
-        self.after += 1
-        return self.head(hidden).sum((1, 2))
-
-
-class Flat(nn.Sequential):
-    """x [B, D] -> [B, D]."""
-
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(1)
-        self.extend([nn.Linear(D, D), nn.ReLU(), nn.Linear(D, 3)])
-
-
-def ids(n=50, seed=0):
-    """Padded on the left, so that the mask matters."""
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randint(1, 30, (n, T), generator=generator)
-    x[torch.arange(T) < torch.randint(0, T, (n, 1), generator=generator)] = 0
-    return x
-
-
-def real(x, *_):
-    return x != 0
-
-
-def hidden(model, x, scale=1):
-    with torch.no_grad():
-        return model.encoder(model.embed(x) * scale)
-
-
-def run(model, module, inputs, store, **options):
-    return extract(model, module, inputs, store, **{"progress": False, "batch_size": 8, "shard_mb": 1e-3, **options})
-
-
-def everything(store):
-    return {name: store.read(slice(None), name) for name in store.fields}
-
-
-def same(one, other):
-    a, b = everything(one), everything(other)
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 def test_rows_positions_and_ids_without_the_padding(tmp_path):
@@ -401,114 +342,7 @@ def test_what_is_shown(tmp_path, capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_stats_of_codes_from_the_store_and_without_a_disk(tmp_path):
-    model, x, sae = Sequences(), ids(), TopKSAE(D, 32, 3)
-
-    def counted(parts):
-        stats = ActivationStats(32, top=4, histogram=True)
-        for part in parts:
-            with torch.no_grad():
-                code = sae.encode(part)
-            stats.update(code.values, code.indices)
-        return list(stats.state_dict().values())
-
-    batches = [hidden(model, part)[part != 0] for part in x.split(8)]
-    store = run(model, "encoder", x, tmp_path / "s", mask=real, sae=sae)
-    stored = list(store.stats(top=4, histogram=True).state_dict().values())
-    assert all(torch.equal(a, b) for a, b in zip(stored, counted(batches), strict=True))
-    with ActivationStream(model, "encoder", x, batch_size=8, batch_rows=13, mask=real, epochs=1) as stream:
-        streamed = list(collect_stats(stream, sae, top=4, histogram=True).state_dict().values())
-    assert all(torch.equal(a, b) for a, b in zip(streamed, counted(torch.cat(batches).split(13)), strict=True))
-    with pytest.raises(ValueError, match="the stream has no end; give it epochs=1"):
-        collect_stats(ActivationStream(model, "encoder", x), sae)
-
-
-def test_stream_epochs_are_exact_and_it_resumes(tmp_path):
-    model, x = Sequences(), ids()
-    rows = hidden(model, x)[x != 0]
-    settings = dict(batch_size=8, batch_rows=16, buffer_rows=64, mask=real, shuffle=4)
-
-    def drawn(stream, n):
-        return [next(stream) for _ in range(n)]
-
-    with ActivationStream(model, "encoder", x, epochs=2, **settings) as stream:
-        both = list(stream)
-    half = len(both) // 2
-    epochs = [torch.cat(both[:half]), torch.cat(both[half:])]
-    for epoch in epochs:
-        assert torch.equal(epoch[epoch[:, 0].argsort()], rows[rows[:, 0].argsort()])
-    assert not torch.equal(*epochs) and {len(batch) for batch in both[: half - 1]} == {16}
-    with ActivationStream(model, "encoder", x, **settings) as stream:
-        drawn(stream, half + 3)
-        state = json.loads(json.dumps(stream.state_dict()))
-    with ActivationStream(model, "encoder", x, **settings) as stream:
-        stream.load_state_dict(state)
-        assert all(torch.equal(a, b) for a, b in zip(drawn(stream, 5), both[half + 3 :], strict=False))
-
-
-def test_stream_trains_an_sae_and_resumes_bit_for_bit(tmp_path):
-    model, x = Sequences(), ids(100)
-
-    def trained(path, **more):
-        torch.manual_seed(0)
-        sae = TopKSAE(D, 32, 4)
-        options = dict(steps=40, log_every=10, decay=0, warmup=0, progress=False, checkpoint=path)
-        with ActivationStream(model, "encoder", x, batch_rows=32, mask=real, shuffle=1) as stream:
-            fit(sae, stream, **options, **more)
-        return sae.state_dict()
-
-    def stop(row):
-        if row["step"] == 20:
-            raise Stop
-
-    whole = trained(tmp_path / "whole")
-    with pytest.raises(Stop):
-        trained(tmp_path / "cut", checkpoint_every=15, log=stop)
-    resumed = trained(tmp_path / "cut", resume=True)
-    assert all(torch.equal(value, whole[name]) for name, value in resumed.items())
-
-
-class Stop(Exception):
-    pass
-
-
-def test_stream_passes_errors_on_and_ends_its_thread(tmp_path):
-    import threading
-
-    before = threading.active_count()
-    model, x = Sequences(), ids()
-    with pytest.raises(IndexError):
-        next(ActivationStream(model, "encoder", x + 1000))
-    with pytest.raises(ValueError, match="gave no row at all"):
-        next(ActivationStream(model, "encoder", torch.zeros_like(x), mask=real))
-    with ActivationStream(model, "encoder", x, ahead=1, batch_size=2, batch_rows=4) as stream:
-        next(stream)
-    assert threading.active_count() <= before
-    with pytest.raises(ValueError, match="batch_rows must be at least 1, got 0"):
-        ActivationStream(model, "encoder", x, batch_rows=0)
-
-
 def test_no_warnings(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         run(Sequences(), "encoder", ids(), tmp_path / "s", mask=real, shuffle=1)
-
-
-def test_record_says_where_rows_come_from_and_stops(tmp_path):
-    model, x = Sequences(), ids()
-    for positions, wanted in (("all", (x != 0).flatten().nonzero().squeeze(1)), ("last", torch.arange(50) * T + T - 1)):
-        with record(model, "encoder", mask=real, positions=positions) as rec:
-            model(x)
-            model(x[:10])
-        assert torch.equal(rec.places[: len(wanted)], wanted) and len(rec.places) == len(rec.activations)
-        assert rec.leading_shapes == [(50, T), (10, T)]
-        rec.clear()
-        assert rec.leading_shapes == [] and len(rec.places) == 0
-    model.after = 0
-    with record(model, ["encoder", "embed"], stop=True) as rec:
-        model(x)
-        raise AssertionError("the block ends with the last of the modules")
-    assert model.after == 0 and rec.activations.keys() == {"encoder", "embed"}
-    assert torch.equal(rec.places["embed"], torch.arange(50 * T))
-    with pytest.raises(ZeroDivisionError), record(model, "head", stop=True):
-        1 / 0
