@@ -44,7 +44,8 @@ def kernels():
     for P, plan in tuning.SELECT.items():
         for activation in (topk_select.ABS, topk_select.RELU) if P == 128 else (topk_select.ABS,):
             select = {"ACTIVATION": activation, "HAS_BIAS": True, "HAS_MASK": True, "P": P}
-            yield topk_select.filter_slab, "bf16", {**select, "ROWS": plan.ROWS}, plan.warps, 3
+            aligned = {**select, "ALIGNED": True, "ROWS": plan.ROWS}
+            yield topk_select.filter_slab, "bf16", aligned, plan.warps, 3
             yield topk_select.rescan_slab, "bf16", select, plan.rescan_warps, 3
             final = {"FINAL": True, "ACTIVATION": activation, "ROWS": plan.ROWS, "P": P}
             yield topk_select.rank, "bf16", final, plan.warps, 3
@@ -81,15 +82,15 @@ def fused_kernels():
     for P, plan in tuning.SELECT.items():
         for dtype, size, precisions in (("bf16", 2, ("ieee",)), ("fp16", 2, ("ieee",)), ("fp32", 4, ("ieee", "tf32"))):
             tile = tuning.TILE[size]
-            common = {"ACTIVATION": topk_select.ABS, "GROWTH": tuning.GROWTH, "P": P}
+            common = {"ACTIVATION": topk_select.ABS, "GROWTH": tile.GROWTH, "P": P}
             block = {"BLOCK_N": tile.BLOCK_N, "LEVELS": tile.LEVELS}
-            rest = {"HAS_BIAS": True, "BLOCK_M": tile.BLOCK_M, "BLOCK_D": tile.BLOCK_D, "TILES": tuning.TILES}
+            rest = {"HAS_BIAS": True, "BLOCK_M": tile.BLOCK_M, "BLOCK_D": tile.BLOCK_D, "TILES": tile.TILES}
             if P == 128:  # P is but a stride there
                 for precision in precisions:
                     constants = {**common, **block, **rest, "PRECISION": precision}
                     yield topk_encode_fused.filter_product, dtype, constants, tile.warps, tile.stages
             if dtype == "fp32":
-                yield topk_encode_fused.take_groups, dtype, {**common, **block, "AT_ONCE": tuning.AT_ONCE}, 1, 3
+                yield topk_encode_fused.take_groups, dtype, {**common, **block, "AT_ONCE": tile.AT_ONCE}, 1, 3
             if P in (64, 128) or dtype == "bf16":
                 narrow = {**common, "HAS_BIAS": True, "BLOCK_D": tuning.RESCAN_D}
                 yield topk_encode_fused.rescan_product, dtype, narrow, plan.rescan_warps, 3

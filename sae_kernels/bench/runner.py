@@ -329,7 +329,7 @@ class Cells:
                     continue
             rows.append(row := self._row(op, mode, case, provider))
             samples = []
-            for _ in range(self.rounds if self.full else 2):
+            for _ in range(self.rounds if self.full and self.device == "cpu" else 2):
                 try:
                     with Worker(threads=torch.get_num_threads()) as worker:
                         reply = worker.ask(

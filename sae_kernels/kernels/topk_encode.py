@@ -16,7 +16,7 @@ def topk_encode(
     """x [N, d_in], W [d_sae, d_in], b [d_sae], mask [d_sae] bool -> values [N, k] in x's dtype, indices [N, k] int32.
 
     Checked arguments of one dtype, float32 or narrower. path: "fused", "slab", "sort", or "auto" by the shape.
-    Workspace: at most tuning.SLAB_BYTES of products, tuning.GROUP_BYTES of groups and the buffers of one chunk's rows.
+    Workspace: at most SlabPlan.nbytes of products, tuning.GROUP_BYTES of groups and the buffers of one chunk's rows.
     """
     values = x.new_empty(x.shape[0], k)
     indices = x.new_empty(x.shape[0], k, dtype=torch.int32)
@@ -32,7 +32,7 @@ def _pick(d_in: int, d_sae: int, k: int, masked: bool, dtype: torch.dtype) -> st
     if k > tuning.LARGEST_K:
         return "sort"
     # where few latents compete a row's k-th best may be none of them, and everything would pass the fused threshold
-    if masked or d_in > tuning.LARGEST_FUSED_D_IN or tuning.first_step(d_sae, k) == 1:
+    if masked or d_in > tuning.slab_plan(dtype.itemsize).largest_fused or tuning.first_step(d_sae, k) == 1:
         return "slab"
     # a full float32 product runs without tensor cores: it takes ten times what the slab costs, and cuBLAS does it best
     if dtype == torch.float32 and precision(dtype) == "ieee":
@@ -47,7 +47,7 @@ def _fused(x, W, b, k, activation, mask, values, indices) -> Tensor:
 def _by_slabs(x, W, b, k, activation, mask, values, indices) -> Tensor:
     """Returns how many rows were done over, on the device."""
     d_sae = W.shape[0]
-    rows, columns = tuning.slab_shape(x.shape[0], d_sae)
+    rows, columns = tuning.slab_shape(x.shape[0], d_sae, x.element_size())
     space = x.new_empty(rows * columns, dtype=torch.float32)
     best = Selection(rows, k, activation, b, mask, x.device)
     for top in range(0, x.shape[0], rows):
@@ -57,7 +57,7 @@ def _by_slabs(x, W, b, k, activation, mask, values, indices) -> Tensor:
             W_part = W[first : first + columns]
             pre = space[: part.shape[0] * W_part.shape[0]].view(part.shape[0], W_part.shape[0])
             product(part, W_part, pre)
-            best.slab(pre, first)
+            best.slab(pre, first, aligned=d_sae % 16 == 0)
             last = first + columns >= d_sae
             best.rank(part.shape[0], *((values[top : top + rows], indices[top : top + rows]) if last else ()))
     return best.overflows
@@ -66,7 +66,8 @@ def _by_slabs(x, W, b, k, activation, mask, values, indices) -> Tensor:
 def _by_sorting(x, W, b, k, activation, mask, values, indices) -> None:
     """Any k: torch.topk over the distinct keys of as many whole rows as the workspace holds."""
     d_sae, P = W.shape[0], 1024
-    rows = max(1, min(x.shape[0], tuning.SLAB_BYTES // (12 * d_sae)))
+    nbytes = tuning.slab_plan(x.element_size()).nbytes
+    rows = max(1, min(x.shape[0], tuning.whole(nbytes // (12 * d_sae))))
     space = x.new_empty(rows, d_sae, dtype=torch.float32)
     keys = x.new_empty(rows, d_sae, dtype=torch.int64)
     bias = None if b is None else b.contiguous()

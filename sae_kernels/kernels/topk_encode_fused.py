@@ -185,7 +185,7 @@ def topk_encode_fused(x, W, b, k, activation, values, indices) -> Tensor:
         for W_part, first, step in ((W[: plan.head], 0, 1), (W_sample, begin, plan.first_step)):
             pre = space[: part.shape[0] * W_part.shape[0]].view(part.shape[0], W_part.shape[0])
             product(part, W_part, pre)
-            best.slab(pre, first, step)
+            best.slab(pre, first, step, aligned=W_part.shape[0] % 16 == 0)
             best.rank(part.shape[0])
         for step in phases(plan.first_step, plan.GROWTH):
             _one_phase(part, W, step, plan, best, buffers)

@@ -75,19 +75,23 @@ def push(keys, counts, row, key, keep, P: tl.constexpr):
     tl.store(keys + row.to(tl.int64)[:, None] * P + place, key, mask=keep & (place < P))
 
 
-@triton.jit(do_not_specialize=["rows", "first", "filled"])
+@triton.jit(do_not_specialize=["rows", "columns", "first", "filled"])
 def filter_slab(
     slab, bias, mask, keys, counts, rows, columns, first, step, k, filled,
-    ACTIVATION: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_MASK: tl.constexpr, ROWS: tl.constexpr, P: tl.constexpr,
+    ACTIVATION: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_MASK: tl.constexpr, ALIGNED: tl.constexpr,
+    ROWS: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
     """Appends to each row's buffer every key that can be among the k largest.
 
-    slab [rows, columns] fp32; keys [rows, P] int64 with the k best so far in front where filled > 0; counts [rows].
+    slab [rows, columns] fp32, columns a multiple of 16 where ALIGNED; keys [rows, P] int64 with the k best so far in
+    front where filled > 0; counts [rows].
     The k-th largest of P strided group maxima has k keys at or above it, so nothing below it is among the k largest.
     """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     live = row < rows
     lane = tl.arange(0, P)
+    if ALIGNED:
+        columns = tl.multiple_of(columns, 16)
     best = tl.full((ROWS, P), _MIN64, tl.int64)
     for start in range(0, columns, P):
         key = slab_keys(slab, bias, mask, row, live, start + lane, columns, first, step, ACTIVATION, HAS_BIAS, HAS_MASK)
@@ -110,7 +114,7 @@ def absorb(best, key, k, lane, P: tl.constexpr):
     return best
 
 
-@triton.jit(do_not_specialize=["rows", "first", "filled"])
+@triton.jit(do_not_specialize=["rows", "columns", "first", "filled"])
 def rescan_slab(
     slab, bias, mask, keys, counts, overflows, rows, columns, first, step, k, filled,
     ACTIVATION: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_MASK: tl.constexpr, P: tl.constexpr,
@@ -177,7 +181,7 @@ def write_keys(
     tl.store(keys + row.to(tl.int64)[:, None] * columns + column[None, :], key, mask=(column < columns)[None, :])
 
 
-@triton.jit(do_not_specialize=["total"])
+@triton.jit(do_not_specialize=["total"], do_not_specialize_on_alignment=["values", "indices"])
 def write_codes(keys, values, indices, total, ACTIVATION: tl.constexpr, P: tl.constexpr):
     """Values and indices of sorted keys, element by element."""
     at = tl.program_id(0).to(tl.int64) * P + tl.arange(0, P)
@@ -208,8 +212,11 @@ class Selection:
         self.counts.zero_()
         self.filled = 0
 
-    def slab(self, pre: Tensor, first: int, step: int = 1) -> None:
-        """Takes in pre [rows, columns]: the latents first, first + step and so on."""
+    def slab(self, pre: Tensor, first: int, step: int = 1, *, aligned: bool) -> None:
+        """Takes in pre [rows, columns]: the latents first, first + step and so on.
+
+        aligned: columns is a multiple of 16, and is so for any number of rows: it is part of a compile key.
+        """
         rows, columns = pre.shape
         where = (pre, self.bias, self.mask, self.keys, self.counts)
         grid = (triton.cdiv(rows, self.plan.ROWS),)
@@ -221,6 +228,7 @@ class Selection:
             step,
             self.k,
             self.filled,
+            ALIGNED=aligned,
             ROWS=self.plan.ROWS,
             num_warps=self.plan.warps,
             **self.options,

@@ -1,12 +1,74 @@
-"""Configurations of the Triton kernels, by the shape of the weights; the number of rows is never part of one.
+"""Configurations of the Triton kernels, by the GPU and the shape of the weights; the number of rows is never part of
+one.
 
-The figures are estimates from compiled code (registers, spills), not from timings: no GPU has run them yet.
+tuning.json holds what `python -m benchmarks.gpu --tune` has measured: GPU name -> kind of plan -> bucket of shapes ->
+the fields that differ from those here. Everywhere else these hold: estimates from compiled code (registers, spills).
 """
 
-from dataclasses import dataclass
+import contextlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any, TypeVar
 
-SLAB_BYTES = 32 * 2**20  # fp32 products of one chunk: stays in the L2 cache of an A100 (40 MB) or H200 (60 MB)
+import torch
+
+TABLE = Path(__file__).with_suffix(".json")
 LARGEST_K = 341  # beyond it the buffers below would pass 1024 keys, whose sorting network takes a minute to compile
+Plan = TypeVar("Plan")
+_trying: dict[str, dict[str, Any]] = {}
+
+
+@cache
+def table() -> dict[str, dict[str, dict[str, dict[str, Any]]]]:
+    """GPU name -> kind -> bucket -> fields."""
+    return json.loads(TABLE.read_text())
+
+
+@cache
+def _name(device: int) -> str:
+    return torch.cuda.get_device_name(device)
+
+
+@contextlib.contextmanager
+def trying(kind: str, **fields: Any) -> Iterator[None]:
+    """Inside, plans of that kind have these fields."""
+    before = _trying.get(kind, {})
+    _trying[kind] = {**before, **fields}
+    try:
+        yield
+    finally:
+        _trying[kind] = before
+
+
+def bucket(d: int, element_size: int) -> str:
+    """Rows of d elements: "element size:next power of two", from 32 to 4096."""
+    return f"{element_size}:{min(4096, max(32, 1 << (d - 1).bit_length()))}"
+
+
+def _tuned(kind: str, where: str, plan: Plan) -> Plan:
+    """The plan with what was measured on this GPU in that bucket in place of the estimates."""
+    fields: dict[str, Any] = {}
+    if table() and torch.cuda.is_available():
+        fields = table().get(_name(torch.cuda.current_device()), {}).get(kind, {}).get(where, {})
+    fields = {**fields, **_trying.get(kind, {})}
+    return replace(plan, **fields) if fields else plan
+
+
+@dataclass(frozen=True)
+class SlabPlan:
+    """nbytes: fp32 products of one chunk, which stay in the L2 cache of an A100 (40 MB) or H200 (60 MB); largest_fused:
+    the longest row of x that goes by the fused path instead.
+    """
+
+    nbytes: int = 32 * 2**20
+    largest_fused: int = 512
+
+
+def slab_plan(element_size: int) -> SlabPlan:
+    return _tuned("slab", str(element_size), SlabPlan())
 
 
 @dataclass(frozen=True)
@@ -30,16 +92,22 @@ SELECT = {
 
 def select_plan(k: int) -> SelectPlan:
     """Room for 3k keys: k from before and, of random data, about 1.2k new ones."""
-    return SELECT[next(P for P in SELECT if P >= 3 * k)]
+    plan = SELECT[next(P for P in SELECT if P >= 3 * k)]
+    return _tuned("select", str(plan.P), plan)
 
 
-def slab_shape(rows: int, d_sae: int) -> tuple[int, int]:
+def whole(rows: int) -> int:
+    """So many rows of anything end on 16 bytes: a chunk's first address tells a kernel nothing new."""
+    return rows // 16 * 16 or rows
+
+
+def slab_shape(rows: int, d_sae: int, element_size: int) -> tuple[int, int]:
     """Rows and latents of one slab: whole rows where 2048 of them fit, else square pieces, so W is read seldom."""
-    cells = SLAB_BYTES // 4
+    cells = slab_plan(element_size).nbytes // 4
     if rows * d_sae <= cells:
         return rows, d_sae
     columns = d_sae if d_sae <= cells // 2048 else 4096
-    return min(rows, cells // columns), columns
+    return min(rows, whole(cells // columns)), columns
 
 
 @dataclass(frozen=True)
@@ -86,15 +154,17 @@ def _width(d: int, element_size: int) -> int:
 
 
 def decode_plan(d_out: int, element_size: int) -> DecodePlan:
-    return DecodePlan(ROWS=4, BLOCK_D=_width(d_out, element_size), UNROLL=4, warps=4)
+    plan = DecodePlan(ROWS=4, BLOCK_D=_width(d_out, element_size), UNROLL=4, warps=4)
+    return _tuned("decode", bucket(d_out, element_size), plan)
 
 
 def dot_plan(k: int, d_out: int, element_size: int) -> DotPlan:
-    return DotPlan(BLOCK_K=next((b for b in (4, 8) if b >= k), 16), BLOCK_D=_width(d_out, element_size), warps=4)
+    plan = DotPlan(BLOCK_K=next((b for b in (4, 8) if b >= k), 16), BLOCK_D=_width(d_out, element_size), warps=4)
+    return _tuned("dot", bucket(d_out, element_size), plan)
 
 
 def sums_plan(d: int, element_size: int) -> SumsPlan:
-    return SumsPlan(ENTRIES=8, BLOCK_D=_width(d, element_size), warps=4)
+    return _tuned("sums", bucket(d, element_size), SumsPlan(ENTRIES=8, BLOCK_D=_width(d, element_size), warps=4))
 
 
 def chunk_length(entries: int, d: int, element_size: int) -> int:
@@ -113,53 +183,45 @@ class Tile:
     LEVELS: int
     warps: int
     stages: int
+    TILES: int = 8
+    GROWTH: int = 2
+    AT_ONCE: int = 32
 
 
 @dataclass(frozen=True)
 class FusedPlan(Tile):
     """head: latents that go through a slab first; first_step: the sample after them; room: groups per row and phase."""
 
-    GROWTH: int
-    TILES: int
-    AT_ONCE: int
-    head: int
-    first_step: int
-    room: int
-    rows: int
+    head: int = 0
+    first_step: int = 1
+    room: int = 0
+    rows: int = 1
 
 
 TILE = {2: Tile(128, 128, 64, 3, 8, 3), 4: Tile(64, 128, 32, 3, 8, 3)}  # by element size
-GROWTH = 2
-AT_ONCE = 32
-TILES = 8
 RESCAN_D = 8
 RESCAN_REGISTERS = 255  # left alone, ptxas spills a few addresses for occupancy, which a rare fallback does not need
 GROUP_BYTES = 96 * 2**20  # large chunks of rows: some thirty launches serve each
-LARGEST_FUSED_D_IN = 512
 
 
-def first_step(d_sae: int, k: int) -> int:
+def fused_tile(d_in: int, element_size: int) -> Tile:
+    return _tuned("fused", bucket(d_in, element_size), TILE[element_size])
+
+
+def first_step(d_sae: int, k: int, growth: int = Tile.GROWTH) -> int:
     """Every how many-th latent the first sample takes: at least 8k and 256 of them; 1 where there are too few."""
     step = 1
-    while d_sae // (step * GROWTH) >= max(8 * k, 256):
-        step *= GROWTH
+    while d_sae // (step * growth) >= max(8 * k, 256):
+        step *= growth
     return step
 
 
 def fused_plan(d_in: int, d_sae: int, k: int, element_size: int) -> FusedPlan:
     """room: a phase brings about k (GROWTH - 1) new keys, and at most so many groups, of random data."""
-    step, tile = first_step(d_sae, k), TILE[element_size]
-    room = -(-(2 * k * (GROWTH - 1) + 24) // 8) * 8
+    tile = fused_tile(d_in, element_size)
+    step = first_step(d_sae, k, tile.GROWTH)
+    room = -(-(2 * k * (tile.GROWTH - 1) + 24) // 8) * 8
     head = -(-2 * k // 16) * 16
-    cells = SLAB_BYTES // 4 // max(head, d_sae // step + 1)
+    cells = slab_plan(element_size).nbytes // 4 // max(head, d_sae // step + 1)
     rows = min(cells, GROUP_BYTES // (room * 4 * (1 + 2**tile.LEVELS)))
-    return FusedPlan(
-        **vars(tile),
-        GROWTH=GROWTH,
-        TILES=TILES,
-        AT_ONCE=AT_ONCE,
-        head=head,
-        first_step=step,
-        room=room,
-        rows=max(1, rows // 128 * 128),
-    )
+    return FusedPlan(**vars(tile), head=head, first_step=step, room=room, rows=max(1, rows // 128 * 128))

@@ -1,0 +1,111 @@
+"""Proves and measures the kernels on a GPU: builds, runs every GPU test, then times what passed.
+
+    python -m benchmarks.gpu --out DIR                      build, test, time; ends within --minutes (8)
+    python -m benchmarks.gpu --out DIR --tune               sweep the Triton configurations -> DIR/tuning.json
+    python -m benchmarks.gpu --out DIR --resume EARLIER --profile
+                                                            what EARLIER lacks; time per kernel -> DIR/profile.txt
+
+Needs torch, Triton, pytest and, for the CUDA C++ kernels, nvcc; no network. Rows go to DIR/<device>/<op>.csv as they
+are measured. These three, in that order, are what a first look at a new GPU takes, ten minutes each; in between, copy
+DIR/tuning.json to sae_kernels/kernels/tuning.json, so that the third one measures with it (under another commit, so
+that the rows of the first are measured again). What becomes part of the repository are the rows, in
+benchmarks/results/<device>/. `--device cpu` rehearses all this in Triton's interpreter.
+"""
+
+import argparse
+import os
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from sae_kernels.bench import table
+from sae_kernels.bench.cases import ALIASES
+from sae_kernels.bench.runner import machine_facts
+
+from . import cells, checks, targets
+from .plan import first_of_each_op, plan
+
+TESTS_SHARE = 0.6  # of the time, at most, for building and testing
+
+
+def options(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, required=True, help="folder for rows, log and tables")
+    parser.add_argument("--op", action="append", default=[], help="one op alone; may be given several times")
+    parser.add_argument("--resume", type=Path, metavar="EARLIER", help="rows of this folder count as well as DIR's own")
+    parser.add_argument("--minutes", type=float, default=8.0, help="all of it ends by then")
+    parser.add_argument("--device", default="cuda", help="cuda, or cpu: a rehearsal with one tiny case")
+    parser.add_argument("--commit", help="what the rows are to say where there is no git checkout")
+    parser.add_argument("--tests", type=Path, default=checks.TESTS, help="folder of the tests that come first")
+    parser.add_argument("--no-build", action="store_true", help="the native libraries are built already")
+    parser.add_argument("--tune", action="store_true", help="sweep the Triton configurations instead of timing")
+    parser.add_argument("--profile", action="store_true", help="then the time per kernel of the first case of each op")
+    chosen = parser.parse_args(arguments)
+    chosen.op = [ALIASES.get(op, op) for op in chosen.op]
+    for op in chosen.op:
+        if op not in checks.NEEDS:
+            parser.error(f"--op {op!r} is unknown; choose from {', '.join(checks.NEEDS)}")
+    if chosen.minutes <= 0:
+        parser.error(f"--minutes must be more than 0, got {chosen.minutes:g}")
+    if chosen.device != "cpu" and not torch.cuda.is_available():
+        parser.error(f"--device {chosen.device!r} is not here: torch {torch.__version__} finds no CUDA device")
+    if chosen.resume is not None and not chosen.resume.is_dir():
+        parser.error(f"--resume {chosen.resume}: there is no such folder")
+    return chosen
+
+
+def main(arguments: list[str] | None = None) -> int:
+    chosen = options(arguments)
+    start = time.time()
+    deadline = start + 60 * chosen.minutes
+    facts = machine_facts(chosen.device)
+    facts["commit"] = chosen.commit or facts["commit"]
+    out = chosen.out.resolve()
+    folder = out / facts["slug"]
+    folder.mkdir(parents=True, exist_ok=True)
+    print(f"{facts['device']}; torch {facts['torch']}, triton {facts['triton'] or '-'}; {facts['commit']}", flush=True)
+    if chosen.resume is not None:
+        _bring(chosen.resume, out, facts["slug"])
+    if not chosen.no_build:
+        print(f"native libraries: {checks.build(out / 'log.txt')}", flush=True)
+    if chosen.tune:
+        os.environ.update(checks.environment(chosen.device))  # before the kernels are imported
+        from .tune import tune
+
+        tune(chosen.device, out, deadline)
+        return 0
+    left = start + TESTS_SHARE * 60 * chosen.minutes - time.time()
+    gates = checks.run_tests(chosen.device, out, facts["commit"], left, chosen.tests)
+    shut = {op: why for op in chosen.op or checks.NEEDS if (why := checks.shut(op, gates))}
+    for why in dict.fromkeys(shut.values()):
+        print(f"not timed, {', '.join(op for op in shut if shut[op] == why)}: {why}", flush=True)
+    state = cells.State(chosen.device, str(folder), facts, chosen.op, shut, deadline - (60 if chosen.profile else 0))
+    cells.measure_all(state, out / "state.json")
+    (out / "state.json").unlink(missing_ok=True)
+    print(f"\n{targets.report(table.read_all(folder))}", flush=True)
+    if chosen.profile:
+        from .profile import profiled
+
+        first = first_of_each_op(plan(chosen.device, tuple(chosen.op)))
+        text = profiled([cell for cell in first if cell.op not in (*shut, "first_call")], chosen.device)
+        (out / "profile.txt").write_text(text + "\n")
+        print(f"\n{text}", flush=True)
+    print(f"{time.time() - start:.0f} s; rows in {folder}/", flush=True)
+    return 1 if shut else 0
+
+
+def _bring(earlier: Path, out: Path, slug: str) -> None:
+    """Rows and test results of another folder, where this one has none."""
+    for source in [*(earlier / slug).glob("*.csv"), earlier / "tests.json"]:
+        target = out / source.relative_to(earlier)
+        if source.is_file() and not target.exists():
+            shutil.copyfile(source, target)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,194 @@
+"""`python -m benchmarks.gpu` rehearsed on the CPU: the gate, the rows, going on where a run ended."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+from benchmarks.gpu import cells, checks, targets  # noqa: E402
+from benchmarks.gpu.__main__ import main, options  # noqa: E402
+from benchmarks.gpu.plan import HEADLINE, TINY, Cell, first_of_each_op, plan  # noqa: E402
+from sae_kernels.bench import OPS, Row, table  # noqa: E402
+
+ROOT = Path(__file__).parents[1]
+GOOD, BAD = "def test_it():\n    pass\n", "def test_it():\n    assert 1 == 2, 'not equal'\n"
+FACTS = {"device": "box", "torch": "2", "triton": "3", "commit": "abc"}
+
+
+def suite(folder: Path, **bodies: str) -> Path:
+    for name, body in bodies.items():
+        (folder / f"test_{name}.py").write_text(body)
+    return folder
+
+
+def row(op="topk_encode", mode="forward", provider="sae_kernels", case=HEADLINE[0], **changes) -> Row:
+    return replace(Row(op, mode, provider, "triton", *case.size, p50_ms=1.0, **FACTS), **changes)
+
+
+@pytest.fixture(scope="module")
+def rehearsal(tmp_path_factory):
+    """Decode passes its tests and is timed, encode fails and is not."""
+    out = tmp_path_factory.mktemp("out")
+    tests = suite(tmp_path_factory.mktemp("tests"), triton_sparse_decode=GOOD, gpu_topk_encode=BAD)
+    command = [sys.executable, "-m", "benchmarks.gpu", "--device", "cpu", "--no-build", "--commit", "abc"]
+    command += ["--out", str(out), "--tests", str(tests), "--op", "encode", "--op", "decode", "--profile"]
+    environment = {n: v for n, v in os.environ.items() if n not in ("TRITON_INTERPRET", "SAE_KERNELS_BACKEND")}
+    return out, command, subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+def test_correctness_comes_first(rehearsal):
+    out, _, done = rehearsal
+    assert done.returncode == 1, done.stdout + done.stderr
+    rows = {(r.op, r.mode, r.provider): r for path in out.glob("*/*.csv") for r in table.read(path)}
+    for mode in OPS["topk_encode"]:
+        refused = rows["topk_encode", mode, "sae_kernels"]
+        assert refused.p50_ms is None and refused.status.startswith(
+            "skipped: the tests of topk_encode: ended with code"
+        )
+        assert "1 failed" in refused.status and "FAILED" in refused.status
+        timed = rows["sparse_decode", mode, "sae_kernels"]
+        assert (timed.status, timed.backend, timed.commit) == ("ok", "triton", "abc") and timed.p50_ms > 0
+        assert timed.pct_of_ceiling > 0 and rows["sparse_decode", mode, "torch"].p50_ms > 0
+    assert "not equal" in (out / "log.txt").read_text()
+    assert (
+        "not timed, topk_encode: skipped: the tests of topk_encode" in done.stdout and "ceiling, float32" in done.stdout
+    )
+    assert "sparse_decode forward, 4 x 8 x 40" in (out / "profile.txt").read_text()
+    assert not (out / "state.json").exists()
+
+
+def test_a_second_run_measures_what_is_missing_alone(rehearsal):
+    out, command, _ = rehearsal
+    before = {path.name: path.read_text() for path in out.glob("*/sparse_decode.csv")}
+    tests = Path(command[command.index("--tests") + 1])
+    (tests / "test_triton_sparse_decode.py").write_text(BAD)  # passed for this commit before: not run again
+    again = subprocess.run([*command[:-1], "--minutes", "2"], cwd=ROOT, capture_output=True, text=True)
+    assert "tests of sparse_decode: ok: 1 passed" in again.stdout and "(before)" in again.stdout
+    assert before == {path.name: path.read_text() for path in out.glob("*/sparse_decode.csv")}
+
+
+def test_the_rows_of_another_folder_count(rehearsal, tmp_path):
+    from benchmarks.gpu.__main__ import _bring
+
+    out = rehearsal[0]
+    (slug,) = (path.name for path in out.iterdir() if path.is_dir())
+    (tmp_path / slug).mkdir()
+    _bring(out, tmp_path, slug)
+    assert {path.name for path in tmp_path.glob("*/*.csv")} == {"topk_encode.csv", "sparse_decode.csv"}
+    kept = cells.done(table.read_all(tmp_path / slug), "abc")
+    assert {key[:2] for key in kept} == {("sparse_decode", "forward"), ("sparse_decode", "backward")}
+    assert cells.done(table.read_all(tmp_path / slug), "another commit") == set()
+
+
+def test_gates(tmp_path):
+    suite(tmp_path, triton_topk_encode=GOOD, gpu_topk_encode=GOOD, gpu_graphs=GOOD, triton_aot=BAD, other=BAD)
+    found = {name: [path.stem for path in files] for name, files in checks.gates(tmp_path).items()}
+    assert found == {"topk_encode": ["test_gpu_topk_encode", "test_triton_topk_encode"], "module": ["test_gpu_graphs"]}
+    assert set(checks.gates(checks.TESTS)) >= {"topk_encode", "sparse_decode"}
+    fine = {"topk_encode": "ok: 3 passed", "sparse_decode": "ok: 2 passed"}
+    assert checks.shut("serving", fine) is None and checks.shut("module", fine) is None
+    assert checks.shut("module", {**fine, "module": "failed"}) == "skipped: the tests of module: failed"
+    assert checks.shut("activation_stats", fine) == "skipped: the tests of activation_stats: there are none"
+
+
+def test_tests_that_hang_or_are_all_skipped_open_no_gate(tmp_path):
+    slow = suite(tmp_path, triton_topk_encode="import time\ndef test_it():\n    time.sleep(60)\n")
+    found = checks.run_tests("cpu", tmp_path, "abc", 4.0, slow)
+    assert found["topk_encode"].startswith("did not end within")
+    (tmp_path / "test_triton_topk_encode.py").write_text("import pytest\npytest.skip('x', allow_module_level=True)\n")
+    found = checks.run_tests("cpu", tmp_path, "abc", 60.0, tmp_path)
+    assert not found["topk_encode"].startswith("ok")
+    assert json.loads((tmp_path / "tests.json").read_text())["gates"] == found
+    assert checks.run_tests("cpu", tmp_path, "abc", 1.0, tmp_path)["topk_encode"] == "not run: no time is left"
+
+
+def test_a_process_that_dies_is_a_row_and_the_next_goes_on(tmp_path, monkeypatch):
+    """The first process dies in its first comparison, the second loses the device to a peer, the third finishes."""
+    state = cells.State("cpu", str(tmp_path), FACTS, ["sparse_decode"], {}, time.time() + 1000)
+    calls = []
+
+    def run(command, **_):
+        found = cells.State.load(Path(command[-1]))
+        calls.append(found.broken)
+        found.current = len(calls) - 1
+        if len(calls) == 2:
+            found.broken = {"1": {"eai_sparsify": "crashed: illegal address"}}
+        found.save(Path(command[-1]))
+        return subprocess.CompletedProcess(command, (-11, cells.LOST_DEVICE, 0)[len(calls) - 1])
+
+    monkeypatch.setattr(cells.subprocess, "run", run)
+    cells.measure_all(state, tmp_path / "state.json")
+    assert len(calls) == 3 and calls[2] == {"1": {"eai_sparsify": "crashed: illegal address"}}
+    (dead,) = table.read(tmp_path / "sparse_decode.csv")
+    assert (dead.mode, dead.status) == ("forward", "crashed: the process ended with code -11")
+    assert ("sparse_decode", "forward", *TINY.size) in cells.done([dead], "abc")
+
+
+def test_no_comparison_begins_when_the_time_is_up(tmp_path, monkeypatch):
+    monkeypatch.setattr(cells.subprocess, "run", lambda *_, **__: pytest.fail("a process was started"))
+    state = cells.State("cpu", str(tmp_path), FACTS, [], {}, time.time() + 1)
+    cells.measure_all(state, tmp_path / "state.json")
+
+
+def test_the_plan_puts_the_issue_s_table_first():
+    full = plan("cuda")
+    assert [cell.case for cell in full[:4]] == list(HEADLINE) and {cell[:2] for cell in full[:4]} == {
+        ("topk_encode", "forward")
+    }
+    sizes = [(c.rows, c.d_in, c.d_sae, c.k) for c in HEADLINE]
+    assert sizes == [
+        (2**20, 64, 4096, 32),
+        (2**20, 256, 16384, 32),
+        (2**17, 1536, 24576, 64),
+        (2**15, 4096, 131072, 64),
+    ]
+    assert len({cell.key for cell in full}) == len(full) and all(cell.mode in OPS[cell.op] for cell in full)
+    assert {cell.op for cell in plan("cuda", ("serving",))} == {"serving"}
+    assert [c[:2] for c in first_of_each_op(full)][:2] == [("topk_encode", "forward"), ("sparse_decode", "forward")]
+    assert plan("cpu", ("sparse_decode",)) == [Cell("sparse_decode", m, TINY) for m in ("forward", "backward")]
+
+
+def test_targets_are_judged():
+    one = HEADLINE[0]
+    rows = [row(p50_ms=2.0, extra_bytes=2**28), row(provider="linear", p50_ms=1.6), row(provider="torch", p50_ms=50.0)]
+    rows += [row("activation_stats", p50_ms=0.2), row("sparse_decode", pct_of_ceiling=55.0)]
+    rows += [row(provider="linear", p50_ms=None, status="OOM", case=HEADLINE[1]), row(p50_ms=3.0, case=HEADLINE[1])]
+    lines = targets.lines(rows)
+    size = f"{one.rows} x {one.d_in} x {one.d_sae}, k {one.k}: "
+    assert lines == [
+        f"{size}encode over F.linear alone 1.25, wanted at most 1: MISSED",
+        f"{size}linear + relu + topk over encode 25, wanted at least 20: met",
+        f"{size}statistics over encode 0.1, wanted at most 0.05: MISSED",
+        f"{size}encode's extra MiB 256, wanted at most 256: met",
+        f"{size}decode's % of its bound by device memory 55, wanted at least 60: MISSED",
+    ]
+    assert "none measured yet" in targets.report([])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ([], "--out"),
+        (["--out", "x", "--op", "gelu"], "--op 'gelu' is unknown; choose from topk_encode"),
+        (["--out", "x", "--minutes", "0", "--device", "cpu"], "--minutes must be more than 0, got 0"),
+        (["--out", "x", "--device", "cpu", "--resume", "/no/such"], "there is no such folder"),
+    ],
+)
+def test_wrong_options(arguments, says, capsys):
+    with pytest.raises(SystemExit):
+        options(arguments)
+    assert says in capsys.readouterr().err
+
+
+@pytest.mark.skipif(__import__("torch").cuda.is_available(), reason="there is a GPU here")
+def test_without_a_gpu_it_says_so(capsys):
+    with pytest.raises(SystemExit):
+        main(["--out", "x"])
+    assert "finds no CUDA device" in capsys.readouterr().err
