@@ -101,7 +101,8 @@ template <class T> void encode_many(const EncodeArgs<T>& args) {
   Buffer<Panel<A>> panels(block);
   Buffer<int32_t> latents(block * NR);
   const CandidateBuffer<A> candidates(chunk * splits, capacity);
-  Buffer<Key<A>> keys(workers * k);
+  const int64_t room = key_room<A>(k);
+  Buffer<Key<A>> keys(workers * room);
   Buffer<Row<A>> state(chunk * splits);
   const Scatter scatter(n_panels);
 
@@ -109,7 +110,7 @@ template <class T> void encode_many(const EncodeArgs<T>& args) {
     const int64_t n = std::min(chunk, args.rows - c0), n_tiles = (n + tile - 1) / tile;
     const auto write = [&](int64_t worker, int64_t r) {
       merge_rows(state.p, candidates, r, chunk, splits, k);
-      write_row(state[r], candidates.row(r), keys + worker * k, k, competitors, args.activation, args.values + (c0 + r) * k,
+      write_row(state[r], candidates.row(r), keys + worker * room, k, competitors, args.activation, args.values + (c0 + r) * k,
                 args.indices + (c0 + r) * k);
     };
     for (int64_t r = 0; r < chunk * splits; ++r) state[r].reset(args.activation);
@@ -209,7 +210,7 @@ template <class T> void encode_few(const EncodeArgs<T>& args) {
   Buffer<A> x(rows * d_in);
   Buffer<Row<A>> state(workers * rows);
   const CandidateBuffer<A> candidates(workers * rows, capacity);
-  Buffer<Key<A>> keys(k);
+  Buffer<Key<A>> keys(key_room<A>(k));
   for (int64_t i = 0; i < rows * d_in; ++i) x[i] = to_acc(args.x[i]);
   for (int64_t i = 0; i < workers * rows; ++i) state[i].reset(args.activation);
 

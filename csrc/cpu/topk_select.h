@@ -5,7 +5,7 @@
 #include <limits>
 #include <type_traits>
 
-#include "cpu/vec.h"
+#include "cpu/sort_keys.h"
 
 namespace sae_kernels {
 namespace SK_ISA {
@@ -84,15 +84,14 @@ template <class A> inline Vec<Rank<A>> load_ranks(const Rank<A>* p) {
 }
 
 template <class A> inline int64_t count_at_least(const Rank<A>* ranks, int64_t padded, Rank<A> bound) {
-  Vec<Rank<A>> hits{};
-  for (int64_t i = 0; i < padded; i += kLanes<A>) hits -= load_ranks<A>(ranks + i) >= bound;
   int64_t total = 0;
-  for (int i = 0; i < kLanes<A>; ++i) total += hits[i];
+  for (int64_t i = 0; i < padded; i += kLanes<A>)
+    total += __builtin_popcount(mask_of<A>(load_ranks<A>(ranks + i) >= bound));
   return total;
 }
 
 // A bound that `reach` >= k of the n ranks reach: at most k + slack, unless ties at the bound itself force more. Found bit by
-// bit from the highest bit in which the ranks differ. What lies between n and the next multiple of the vector width is
+// bit, as a distance from the smallest rank. What lies between n and the next multiple of the vector width is
 // overwritten.
 template <class A> struct Bound { Rank<A> rank; int64_t reach; };
 
@@ -106,23 +105,17 @@ template <class A> inline Bound<A> separate(Rank<A>* ranks, int64_t n, int64_t k
     lows = v < lows ? v : lows;
     highs = v > highs ? v : highs;
   }
-  Rank<A> low = lows[0], high = highs[0];
-  for (int i = 1; i < kLanes<A>; ++i) {
-    low = lows[i] < low ? lows[i] : low;
-    high = highs[i] > high ? highs[i] : high;
-  }
+  const Rank<A> low = horizontal_min<Rank<A>>(lows), high = horizontal_max<Rank<A>>(highs);
   if (low == high) return {low, n};
   std::fill(ranks + n, ranks + padded, std::numeric_limits<Rank<A>>::min());
-  const int top = 63 - __builtin_clzll(static_cast<uint64_t>(static_cast<U>(low ^ high)));
-  // where the ranks differ in sign the search starts from the smallest rank of all
-  const Rank<A> start = top == kSignShift<A> ? std::numeric_limits<Rank<A>>::min() : low >> top >> 1 << 1 << top;
-  Bound<A> bound{start, n};
-  for (int bit = top; bit >= 0 && bound.reach > k + slack; --bit) {
-    const Rank<A> next = static_cast<Rank<A>>(static_cast<U>(bound.rank) + (U(1) << bit));
-    const int64_t reach = count_at_least<A>(ranks, padded, next);
-    if (reach >= k) bound = {next, reach};
+  const U span = static_cast<U>(high) - static_cast<U>(low);
+  Bound<A> bound{low, n};
+  for (int bit = 63 - __builtin_clzll(static_cast<uint64_t>(span)); bit >= 0 && bound.reach > k + slack; --bit) {
+    const U next = static_cast<U>(bound.rank) + (U(1) << bit);
+    if (next - static_cast<U>(low) > span) continue;
+    const int64_t reach = count_at_least<A>(ranks, padded, static_cast<Rank<A>>(next));
+    if (reach >= k) bound = {static_cast<Rank<A>>(next), reach};
   }
-  bound.rank = std::max(bound.rank, low);
   return bound;
 }
 
@@ -202,7 +195,18 @@ template <class A> void Row<A>::tighten(const Candidates<A>& candidates, int64_t
     std::nth_element(tags, tags + kept - 1, tags + ties, LowerTag{});
     last = latent_of(tags[kept - 1]);
   }
-  for (int64_t i = ties; i < count; ++i) {
+  int64_t i = ties;
+#if defined(__AVX512F__)
+  if constexpr (sizeof(A) == 4)
+    for (; i + kLanes<A> <= count; i += kLanes<A>) {
+      const __m512i rank = _mm512_loadu_si512(ranks + i), tag = _mm512_loadu_si512(tags + i);
+      const __mmask16 stays = _mm512_cmpge_epi32_mask(rank, _mm512_set1_epi32(bound.rank));
+      _mm512_storeu_si512(ranks + kept, _mm512_maskz_compress_epi32(stays, rank));
+      _mm512_storeu_si512(tags + kept, _mm512_maskz_compress_epi32(stays, tag));
+      kept += __builtin_popcount(stays);
+    }
+#endif
+  for (; i < count; ++i) {
     const Rank<A> rank = ranks[i];
     ranks[kept] = rank;
     tags[kept] = tags[i];
@@ -220,24 +224,23 @@ struct Competitors {
   int32_t operator[](int64_t i) const { return list ? list[i] : static_cast<int32_t>(i); }
 };
 
-// Rank and tag in one integer that sorts as the contract says.
-template <class A> struct Key {
-  __extension__ typedef unsigned __int128 u128;
-  using Word = std::conditional_t<sizeof(A) == 4, uint64_t, u128>;
-  Word word;
-  static constexpr auto kTop = std::make_unsigned_t<Rank<A>>(1) << kSignShift<A>;
+// Rank and tag in one signed integer that sorts as the contract says.
+template <class A> struct KeyWord;
+template <> struct KeyWord<float> { using type = int64_t; };
+template <> struct KeyWord<double> { __extension__ typedef __int128 type; };
+template <class A> using Key = typename KeyWord<A>::type;
 
-  Key() = default;
-  Key(Rank<A> rank, uint32_t tag)
-      : word(static_cast<Word>(static_cast<std::make_unsigned_t<Rank<A>>>(rank) ^ kTop) << 32 | (0xffffffffu - tag)) {}
-  uint32_t tag() const { return 0xffffffffu - static_cast<uint32_t>(word); }
-  A pre_activation() const {  // the score, with the sign it had before "abs"
-    const A score = score_of<A>(static_cast<Rank<A>>(static_cast<std::make_unsigned_t<Rank<A>>>(word >> 32) ^ kTop));
-    return tag() & 1 ? -score : score;
-  }
-};
+template <class A> inline Key<A> key_of(Rank<A> rank, uint32_t tag) { return Key<A>(rank) * (int64_t(1) << 32) + (0xffffffffu - tag); }
+template <class A> inline uint32_t tag_in(Key<A> key) { return 0xffffffffu - static_cast<uint32_t>(key); }
+// the score, with the sign it had before "abs"
+template <class A> inline A pre_activation_in(Key<A> key) {
+  const A score = score_of<A>(static_cast<Rank<A>>(key >> 32));
+  return tag_in<A>(key) & 1 ? -score : score;
+}
+// Room for sorting k keys.
+template <class A> inline int64_t key_room(int64_t k) { return 2 * (k + 2 * kLanes<double>); }
 
-// Sorts the row's best and writes k values and indices; `keys` has room for k. Free slots take the lowest latents not
+// Sorts the row's best and writes k values and indices; `keys` has key_room(k). Free slots take the lowest latents not
 // chosen: competitors first (all of them sit at the floor), then the rest with value 0.
 template <class T>
 inline void write_row(Row<Acc<T>>& row, const Candidates<Acc<T>>& candidates, Key<Acc<T>>* keys, int64_t k,
@@ -245,11 +248,11 @@ inline void write_row(Row<Acc<T>>& row, const Candidates<Acc<T>>& candidates, Ke
   using A = Acc<T>;
   row.tighten(candidates, k, 0);
   const int64_t found = row.count;
-  for (int64_t j = 0; j < found; ++j) keys[j] = Key<A>(candidates.ranks[j], candidates.tags[j]);
-  std::sort(keys, keys + found, [](const Key<A>& a, const Key<A>& b) { return a.word > b.word; });
+  for (int64_t j = 0; j < found; ++j) keys[j] = key_of<A>(candidates.ranks[j], candidates.tags[j]);
+  const Key<A>* sorted = sort_words(keys, found, keys + key_room<A>(k) / 2);
   for (int64_t j = 0; j < found; ++j) {
-    values[j] = from_acc<T>(keys[j].pre_activation());
-    indices[j] = latent_of(keys[j].tag());
+    values[j] = from_acc<T>(pre_activation_in<A>(sorted[j]));
+    indices[j] = latent_of(tag_in<A>(sorted[j]));
   }
   if (found == k) return;
   std::sort(candidates.tags, candidates.tags + found, LowerTag{});

@@ -107,19 +107,27 @@ template <class T> inline void store(T* p, Vec<Acc<T>> v) {
   else for (int i = 0; i < kLanes<Acc<T>>; ++i) p[i] = from_acc<T>(v[i]);
 }
 
-// halves added until one lane is left: a fixed tree, so the same bits whoever calls
-template <class A, int Bytes, class V> inline A sum_of_halves(V v) {
+// halves joined until one lane is left: a fixed tree, so the same bits whoever calls
+template <class A, int Bytes, class V, class F> inline A join_halves(V v, const F& join) {
   if constexpr (Bytes == 2 * sizeof(A)) {
-    return v[0] + v[1];
+    return join(v[0], v[1]);
   } else {
     typedef A Half __attribute__((vector_size(Bytes / 2)));
     Half low, high;
     std::memcpy(&low, &v, Bytes / 2);
     std::memcpy(&high, reinterpret_cast<const char*>(&v) + Bytes / 2, Bytes / 2);
-    return sum_of_halves<A, Bytes / 2>(low + high);
+    return join_halves<A, Bytes / 2>(join(low, high), join);
   }
 }
-template <class A> inline A horizontal_sum(Vec<A> v) { return sum_of_halves<A, kVecBytes>(v); }
+template <class A> inline A horizontal_sum(Vec<A> v) {
+  return join_halves<A, kVecBytes>(v, [](auto a, auto b) { return a + b; });
+}
+template <class A> inline A horizontal_min(Vec<A> v) {
+  return join_halves<A, kVecBytes>(v, [](auto a, auto b) { return a < b ? a : b; });
+}
+template <class A> inline A horizontal_max(Vec<A> v) {
+  return join_halves<A, kVecBytes>(v, [](auto a, auto b) { return a > b ? a : b; });
+}
 
 // f(begin, end) over chunks of [begin, end) on torch's own thread pool
 template <class F> inline void parallel_for(int64_t begin, int64_t end, int64_t grain, const F& f) {
