@@ -61,6 +61,8 @@ class StoreWriter:
             raise FileExistsError(f"{self._files.url}: holds files that are no activation store; nothing was written")
         if self.manifest is not found:
             self._files.write(MANIFEST, [self.manifest.to_bytes()])
+        elif self.finished:
+            self._tidy()  # a run that was cut behind its last write
 
     @property
     def url(self) -> str:
@@ -120,8 +122,7 @@ class StoreWriter:
         self.manifest = self.manifest.committed([records[number] for number in range(count)])
         self._files.write(MANIFEST, [self.manifest.to_bytes()])
         self.finished = True
-        self._files.clean()
-        self.discard()
+        self._tidy()
         return ActivationStore(self._files, self.manifest)
 
     def replace(self, number: int, tensors: dict[str, Tensor], dropped: int = 0) -> None:
@@ -137,6 +138,10 @@ class StoreWriter:
                 "device rounds differently: extract the store anew"
             )
         self._files.write(shard.name, parts)
+
+    def _tidy(self) -> None:
+        self._files.clean()
+        self.discard()
 
     def _records(self) -> dict[int, tuple[Shard, Moments | None]]:
         names, found, first = self._files.names(), {}, len(self.manifest.shards)
