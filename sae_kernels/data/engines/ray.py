@@ -37,8 +37,8 @@ def run(job: Job, progress: Progress, workers: int = 1, gpus: float = 0) -> Acti
         raise ValueError(f"workers must be at least 1, got {workers}")
     ray.init(ignore_reinit_error=True, log_to_driver=False, logging_level="error")
     data.DataContext.get_current().enable_progress_bars = False
-    # the first batch runs where the others will: this process may have no GPU
-    facts = ray.get(ray.remote(num_cpus=1, num_gpus=gpus)(_probe).remote(job))
+    # this process may have no GPU: the first batch runs where there is one
+    facts = ray.get(ray.remote(num_gpus=gpus)(_probe).remote(job)) if gpus else _probe(job)
     writer = job.writer(facts)
     if writer.finished:
         return ActivationStore.open(job.store, job.storage_options)
