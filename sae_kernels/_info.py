@@ -13,7 +13,7 @@ GPU_VERIFIED: dict[str, str | None] = {"topk_encode": None, "sparse_decode": Non
 
 
 def info() -> dict[str, Any]:
-    """Versions, devices, threads, the native CPU library and its instruction set, the backend ops take on the CPU.
+    """Versions, devices, threads, the native libraries, the CPU's instruction set, the backend ops take on the CPU.
 
     `gpu_verified` names, per op, the GPU on which it has been checked, or says that there is none yet.
     """
@@ -31,6 +31,7 @@ def info() -> dict[str, Any]:
         "devices": ["cpu", *(f"cuda:{i} {torch.cuda.get_device_name(i)}" for i in range(torch.cuda.device_count()))],
         "threads": torch.get_num_threads(),
         "native_cpu": "loaded" if loaded else _native.cpu_error,
+        "native_cuda": _native.cuda_error or "loaded",
         "instruction_set": _native.cpu_isa(),
         "backend": forced if forced != "auto" else ("cpu" if loaded else "reference"),
         "backend_forced": forced != "auto",
@@ -49,6 +50,7 @@ def format_info(facts: dict[str, Any]) -> str:
         ("devices", ", ".join(facts["devices"])),
         ("threads", facts["threads"]),
         ("native CPU library", facts["native_cpu"]),
+        ("native CUDA library", facts["native_cuda"]),
         ("instruction set", facts["instruction_set"] or "none: plain torch runs instead"),
         ("backend on CPU", backend),
         *((f"{op} on a GPU", state) for op, state in facts["gpu_verified"].items()),

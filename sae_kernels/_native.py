@@ -1,4 +1,4 @@
-"""Finds and loads the native CPU library; says why not when it is absent."""
+"""Finds and loads the native libraries, one for the CPU and one for CUDA; says why not when one is absent."""
 
 import ctypes
 import os
@@ -9,29 +9,31 @@ import torch
 ISAS = ("generic", "avx2", "avx512")
 
 _here = Path(__file__).parent
-_handle: ctypes.CDLL | None = None
-cpu_error: str | None = None
 
 
-def _load() -> None:
-    global _handle, cpu_error
+def _load(stem: str) -> ctypes.CDLL | str:
+    """The library, or why it is not there."""
     if os.environ.get("SAE_KERNELS_NATIVE") == "0":
-        cpu_error = "switched off by SAE_KERNELS_NATIVE=0"
-        return
-    found = sorted(_here.glob("_C_cpu*.so"))
+        return "switched off by SAE_KERNELS_NATIVE=0"
+    found = sorted(_here.glob(f"{stem}*.so"))
     if not found:
-        note = _here / "_native_build.txt"
+        note = _here / f"{stem}.txt"
         unbuilt = "not built: no compiler or no torch was there at install time"
-        cpu_error = note.read_text().strip() if note.is_file() else unbuilt
-        return
+        return note.read_text().strip() if note.is_file() else unbuilt
     try:
         torch.ops.load_library(found[-1])
-        _handle = ctypes.CDLL(str(found[-1]))
+        return ctypes.CDLL(str(found[-1]))
     except OSError as error:
-        cpu_error = f"{found[-1].name} does not load: {error}"
+        return f"{found[-1].name} does not load: {error}"
 
 
-_load()
+def _split(loaded: ctypes.CDLL | str) -> tuple[ctypes.CDLL | None, str | None]:
+    return (None, loaded) if isinstance(loaded, str) else (loaded, None)
+
+
+_handle, cpu_error = _split(_load("_C_cpu"))
+_, cuda_error = _split(_load("_C_cuda"))
+cuda_runs_on = "cuda"  # the tests build the same kernels for "cpu"
 
 
 def cpu_loaded() -> bool:

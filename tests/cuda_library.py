@@ -34,7 +34,7 @@ def load() -> None:
     sources = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
     objects = [folder / f"{source.stem}.o" for source in sources]
     running = [
-        subprocess.Popen([compiler(), *FLAGS, *TARGET, *include, "-O1", "-fPIC", "-c", "-x", "c++", source, "-o", out])
+        subprocess.Popen([compiler(), *FLAGS, *TARGET, *include, "-O0", "-fPIC", "-c", "-x", "c++", source, "-o", out])
         for source, out in zip(sources, objects, strict=True)
     ]
     assert not any([process.wait() for process in running]), "csrc/cuda does not compile for the CPU"

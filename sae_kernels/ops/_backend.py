@@ -21,7 +21,9 @@ def _checked(name: str, origin: str) -> str:
     if name == "cpu" and not _native.cpu_loaded():
         raise ValueError(f"{origin}: backend 'cpu' cannot run: the native library is {_native.cpu_error}")
     if name == "cuda":
-        raise ValueError(f"{origin}: backend 'cuda' cannot run: this version has no cuda kernels")
+        missing = cuda_error() or (None if _cuda_devices() else "there is no CUDA device")
+        if missing:
+            raise ValueError(f"{origin}: backend 'cuda' cannot run: {missing}")
     if name == "triton":
         missing = triton_error() or (None if interpreted() or torch.cuda.is_available() else "there is no CUDA device")
         if missing:
@@ -45,6 +47,23 @@ def triton_error() -> str | None:
     return None
 
 
+def cuda_error(device: torch.device | None = None) -> str | None:
+    """Why the CUDA C++ kernels cannot run, there or at all; None where they can."""
+    if _native.cuda_error:
+        return f"the CUDA library is {_native.cuda_error}"
+    if device is not None and device.type == "cuda":
+        capability = torch.cuda.get_device_capability(device)
+        if capability < (8, 0):
+            return (
+                f"the CUDA kernels need compute capability 8.0 or later, {device} has {'.'.join(map(str, capability))}"
+            )
+    return None
+
+
+def _cuda_devices() -> bool:
+    return _native.cuda_runs_on == "cpu" or torch.cuda.is_available()
+
+
 _forced = _checked(os.environ.get("SAE_KERNELS_BACKEND", "auto"), "SAE_KERNELS_BACKEND")
 _warned = False
 
@@ -65,21 +84,28 @@ def backend(name: str) -> Iterator[None]:
 
 
 def pick(device: torch.device) -> str:
-    """The backend for tensors on `device`: the forced one, else the native one of that device, else the reference."""
+    """The backend for tensors on `device`: the forced one, else the best of that device, else the reference.
+
+    On CUDA devices that is Triton, where it is missing or has failed the CUDA C++ kernels.
+    """
     global _warned
     if _forced == "cpu" and device.type != "cpu":
         raise ValueError(f"backend 'cpu' is forced and the tensors are on {device}")
     if _forced == "triton" and device.type != ("cpu" if interpreted() else "cuda"):
         raise ValueError(f"backend 'triton' is forced and the tensors are on {device}")
+    if _forced == "cuda" and device.type != _native.cuda_runs_on:
+        raise ValueError(f"backend 'cuda' is forced and the tensors are on {device}")
     if _forced != "auto":
         return _forced
     if device.type == "cpu" and _native.cpu_loaded():
         return "cpu"
-    if device.type == "cuda" and triton_error() is None:
+    if device.type == "cuda" and triton_error() is None:  # first until a GPU has measured both
         return "triton"
+    if device.type == "cuda" and cuda_error(device) is None:
+        return "cuda"
     if not _warned and not torch.compiler.is_compiling():
         _warned = True
-        causes = {"cpu": _native.cpu_error, "cuda": triton_error()}
+        causes = {"cpu": _native.cpu_error, "cuda": f"{triton_error()}; {cuda_error(device)}"}
         cause = causes.get(device.type, f"this version has no kernels for {device.type}")
         warnings.warn(f"sae_kernels runs its plain torch reference, which is slow: {cause}", stacklevel=3)
     return "reference"
@@ -96,16 +122,37 @@ def triton_or(kernel: Callable, plain: Callable) -> Callable:
         if _broken and _forced != "triton":
             return plain(tensor, *args)
         try:
-            with torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext():
+            with _on(tensor):
                 return kernel(tensor, *args)
         except Exception as error:
             if _forced == "triton" or not _is_build_failure(error):
                 raise
             _broken = f"Triton cannot build {kernel.__name__.strip('_')}: {type(error).__name__}: {error}"
-            warnings.warn(f"sae_kernels runs its plain torch reference, which is slow: {_broken}", stacklevel=2)
+            slower = "plain torch reference, which is slow" if _without_cuda(tensor) else "CUDA C++ kernels"
+            warnings.warn(f"sae_kernels runs its {slower}: {_broken}", stacklevel=2)
             return plain(tensor, *args)
 
     return run
+
+
+def cuda_or(kernel: Callable, plain: Callable) -> Callable:
+    """`kernel`, of CUDA C++, on its first argument's device; `plain` where the CUDA library is not there."""
+
+    def run(tensor: Tensor, *args):
+        if _without_cuda(tensor):
+            return plain(tensor, *args)
+        with _on(tensor):
+            return kernel(tensor, *args)
+
+    return run
+
+
+def _without_cuda(tensor: Tensor) -> bool:
+    return tensor.device.type != _native.cuda_runs_on or cuda_error(tensor.device) is not None
+
+
+def _on(tensor: Tensor) -> contextlib.AbstractContextManager:
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
 def _is_build_failure(error: Exception) -> bool:

@@ -4,37 +4,50 @@ import torch
 from torch import Tensor
 
 from . import _autocast, _checks, reference
-from ._backend import pick, triton_or
+from ._backend import cuda_or, pick, triton_or
 
 _lib = torch.library.Library("sae_kernels", "FRAGMENT")
-_lib.define("sparse_decode(Tensor values, Tensor indices, Tensor W_dec, Tensor? b_dec) -> Tensor")
-_lib.define("sparse_decode_backward(Tensor grad, Tensor values, Tensor indices, Tensor W_dec) -> (Tensor, Tensor)")
-_lib.define("sparse_decode_grad_values(Tensor grad, Tensor indices, Tensor W_dec) -> Tensor")
-_lib.define("sparse_decode_triton(Tensor values, Tensor indices, Tensor W_dec, Tensor? b_dec) -> Tensor")
-_lib.define(
-    "sparse_decode_triton_backward(Tensor grad, Tensor values, Tensor indices, Tensor W_dec) -> (Tensor, Tensor)"
-)
-_lib.define("sparse_decode_triton_grad_values(Tensor grad, Tensor indices, Tensor W_dec) -> Tensor")
+for _suffix in ("", "_triton", "_cuda"):
+    _lib.define(f"sparse_decode{_suffix}(Tensor values, Tensor indices, Tensor W_dec, Tensor? b_dec) -> Tensor")
+    _lib.define(
+        f"sparse_decode{_suffix}_backward(Tensor grad, Tensor values, Tensor indices, Tensor W_dec) -> (Tensor, Tensor)"
+    )
+    _lib.define(f"sparse_decode{_suffix}_grad_values(Tensor grad, Tensor indices, Tensor W_dec) -> Tensor")
 _ops = torch.ops.sae_kernels
-_forward = {"cpu": _ops.sparse_decode.default, "triton": _ops.sparse_decode_triton.default}
-_backward = {"cpu": _ops.sparse_decode_backward.default, "triton": _ops.sparse_decode_triton_backward.default}
-_grad_values = {"cpu": _ops.sparse_decode_grad_values.default, "triton": _ops.sparse_decode_triton_grad_values.default}
+_forward = {
+    "cpu": _ops.sparse_decode.default,
+    "triton": _ops.sparse_decode_triton.default,
+    "cuda": _ops.sparse_decode_cuda.default,
+}
+_backward = {
+    "cpu": _ops.sparse_decode_backward.default,
+    "triton": _ops.sparse_decode_triton_backward.default,
+    "cuda": _ops.sparse_decode_cuda_backward.default,
+}
+_grad_values = {
+    "cpu": _ops.sparse_decode_grad_values.default,
+    "triton": _ops.sparse_decode_triton_grad_values.default,
+    "cuda": _ops.sparse_decode_cuda_grad_values.default,
+}
 
 _OUT_OF_RANGE = "sparse_decode: indices"
 
 
+@torch.library.register_fake("sae_kernels::sparse_decode_cuda", lib=_lib)
 @torch.library.register_fake("sae_kernels::sparse_decode_triton", lib=_lib)
 @torch.library.register_fake("sae_kernels::sparse_decode", lib=_lib)
 def _forward_fake(values, indices, W_dec, b_dec):
     return W_dec.new_empty(values.shape[0], W_dec.shape[1])
 
 
+@torch.library.register_fake("sae_kernels::sparse_decode_cuda_backward", lib=_lib)
 @torch.library.register_fake("sae_kernels::sparse_decode_triton_backward", lib=_lib)
 @torch.library.register_fake("sae_kernels::sparse_decode_backward", lib=_lib)
 def _backward_fake(grad, values, indices, W_dec):
     return torch.empty_like(values, memory_format=torch.contiguous_format), W_dec.new_empty(W_dec.shape)
 
 
+@torch.library.register_fake("sae_kernels::sparse_decode_cuda_grad_values", lib=_lib)
 @torch.library.register_fake("sae_kernels::sparse_decode_triton_grad_values", lib=_lib)
 @torch.library.register_fake("sae_kernels::sparse_decode_grad_values", lib=_lib)
 def _grad_values_fake(grad, indices, W_dec):
@@ -50,8 +63,8 @@ def sparse_decode(values: Tensor, indices: Tensor, W_dec: Tensor, b_dec: Tensor 
     every gradient is summed in one fixed order, whatever the number of threads.
 
     Under autocast, tensors of different floating dtypes are brought to W_dec's. Raises TypeError or ValueError that
-    names the argument; an index out of range raises ValueError (RuntimeError inside a compiled graph). The Triton
-    kernels, which do not wait for the GPU, make its row NaN instead and leave its entry out of W_dec's gradient.
+    names the argument; an index out of range raises ValueError (RuntimeError inside a compiled graph). The kernels on
+    a GPU, which nobody waits for, make its row NaN instead and leave its entry out of W_dec's gradient.
     """
     values, b_dec = _autocast.widened(W_dec, values, b_dec)
     _check(values, indices, W_dec, b_dec)
@@ -123,6 +136,24 @@ def _triton_grad_values(grad, indices, W_dec):
     return kernel.grad_values(grad, indices, W_dec)
 
 
+def _cuda_forward(values, indices, W_dec, b_dec):
+    from ..cuda import sparse_decode as kernel
+
+    return kernel.sparse_decode(values, indices, W_dec, b_dec)
+
+
+def _cuda_backward(grad, values, indices, W_dec):
+    from ..cuda import sparse_decode as kernel
+
+    return kernel.backward(grad, values, indices, W_dec)
+
+
+def _cuda_grad_values(grad, indices, W_dec):
+    from ..cuda import sparse_decode as kernel
+
+    return kernel.grad_values(grad, indices, W_dec)
+
+
 class _SparseDecode(torch.autograd.Function):
     @staticmethod
     def forward(values, indices, W_dec, b_dec, backend):
@@ -164,9 +195,11 @@ def _reference_grad_values(grad: Tensor, indices: Tensor, W_dec: Tensor) -> Tens
     return (grad.to(acc) @ W_dec.to(acc).mT).gather(-1, indices.long()).to(grad.dtype)
 
 
-for _name, _kernel, _plain in (
-    ("", _triton_forward, _reference_forward),
-    ("_backward", _triton_backward, _reference_backward),
-    ("_grad_values", _triton_grad_values, _reference_grad_values),
+for _name, _triton, _cuda, _plain in (
+    ("", _triton_forward, _cuda_forward, _reference_forward),
+    ("_backward", _triton_backward, _cuda_backward, _reference_backward),
+    ("_grad_values", _triton_grad_values, _cuda_grad_values, _reference_grad_values),
 ):
-    _lib.impl(f"sparse_decode_triton{_name}", triton_or(_kernel, _plain), "CompositeExplicitAutograd")
+    _without_triton = cuda_or(_cuda, _plain)
+    _lib.impl(f"sparse_decode_triton{_name}", triton_or(_triton, _without_triton), "CompositeExplicitAutograd")
+    _lib.impl(f"sparse_decode_cuda{_name}", _without_triton, "CompositeExplicitAutograd")

@@ -4,38 +4,42 @@ import torch
 from torch import Tensor
 
 from . import _autocast, _checks, reference
-from ._backend import pick, triton_or
+from ._backend import cuda_or, pick, triton_or
 from .sparse_decode import decode_with
 
 ACTIVATIONS = ("relu", "none", "abs")
 _PLAIN_CELLS = 2**20
 
 _lib = torch.library.Library("sae_kernels", "FRAGMENT")
-_lib.define(
-    "topk_encode(Tensor x, Tensor W_enc, Tensor? b_enc, int k, int activation, Tensor? latent_mask) -> (Tensor, Tensor)"
-)
-_lib.define("topk_encode_backward(Tensor grad_pre, Tensor indices, Tensor x, int d_sae) -> (Tensor, Tensor)")
-_lib.define(
-    "topk_encode_triton(Tensor x, Tensor W_enc, Tensor? b_enc, int k, int activation, Tensor? latent_mask)"
-    " -> (Tensor, Tensor)"
-)
-_lib.define("topk_encode_triton_backward(Tensor grad_pre, Tensor indices, Tensor x, int d_sae) -> (Tensor, Tensor)")
+for _suffix in ("", "_triton", "_cuda"):
+    _lib.define(
+        f"topk_encode{_suffix}(Tensor x, Tensor W_enc, Tensor? b_enc, int k, int activation, Tensor? latent_mask)"
+        " -> (Tensor, Tensor)"
+    )
+    _lib.define(
+        f"topk_encode{_suffix}_backward(Tensor grad_pre, Tensor indices, Tensor x, int d_sae) -> (Tensor, Tensor)"
+    )
+_ops = torch.ops.sae_kernels
 _forward = {
-    "cpu": torch.ops.sae_kernels.topk_encode.default,
-    "triton": torch.ops.sae_kernels.topk_encode_triton.default,
+    "cpu": _ops.topk_encode.default,
+    "triton": _ops.topk_encode_triton.default,
+    "cuda": _ops.topk_encode_cuda.default,
 }
 _backward = {
-    "cpu": torch.ops.sae_kernels.topk_encode_backward.default,
-    "triton": torch.ops.sae_kernels.topk_encode_triton_backward.default,
+    "cpu": _ops.topk_encode_backward.default,
+    "triton": _ops.topk_encode_triton_backward.default,
+    "cuda": _ops.topk_encode_cuda_backward.default,
 }
 
 
+@torch.library.register_fake("sae_kernels::topk_encode_cuda", lib=_lib)
 @torch.library.register_fake("sae_kernels::topk_encode_triton", lib=_lib)
 @torch.library.register_fake("sae_kernels::topk_encode", lib=_lib)
 def _forward_fake(x, W_enc, b_enc, k, activation, latent_mask):
     return x.new_empty(x.shape[0], k), x.new_empty(x.shape[0], k, dtype=torch.int32)
 
 
+@torch.library.register_fake("sae_kernels::topk_encode_cuda_backward", lib=_lib)
 @torch.library.register_fake("sae_kernels::topk_encode_triton_backward", lib=_lib)
 @torch.library.register_fake("sae_kernels::topk_encode_backward", lib=_lib)
 def _backward_fake(grad_pre, indices, x, d_sae):
@@ -61,7 +65,7 @@ def topk_encode(
     indices of a row are valid and distinct also where fewer than k latents fire. NaN ranks highest. Selection is on
     pre-activations accumulated in float32 (float64 for float64). Differentiable once in x, W_enc and b_enc; a slot
     whose value is 0 under relu passes no gradient. Workspace, whatever rows x d_sae is: on CPU about 24 MiB and 1.5 MiB
-    per thread, in Triton at most 160 MiB.
+    per thread, in Triton at most 160 MiB, in CUDA C++ 32 MiB and 8 k bytes per row of a chunk.
 
     Under autocast, tensors of different floating dtypes are brought to W_enc's. Raises TypeError or ValueError that
     names the argument, before any work.
@@ -104,10 +108,21 @@ def _check(x, W_enc, b_enc, k, activation, latent_mask) -> None:
 def _triton_forward(x, W_enc, b_enc, k, activation, latent_mask):
     from ..kernels import topk_encode as kernel
 
-    if x.dtype == torch.float64:  # the kernels' keys hold 32 bits of score
-        return _plain_forward(x, W_enc, b_enc, k, activation, latent_mask)
+    return _narrow(kernel.topk_encode, x, W_enc, b_enc, k, activation, latent_mask)
+
+
+def _cuda_forward(x, W_enc, b_enc, k, activation, latent_mask):
+    from ..cuda import topk_encode as kernel
+
+    return _narrow(kernel.topk_encode, x, W_enc, b_enc, k, activation, latent_mask)
+
+
+def _narrow(kernel, x, *args):
+    """A GPU's kernels hold 32 bits of score in their keys; float64 takes the reference."""
+    if x.dtype == torch.float64:
+        return _plain_forward(x, *args)
     with _autocast.switched_off(x.device):
-        return kernel.topk_encode(x, W_enc, b_enc, k, activation, latent_mask)
+        return kernel(x, *args)
 
 
 def _plain_forward(x, W_enc, b_enc, k, activation, latent_mask):
@@ -126,12 +141,23 @@ def _triton_backward(grad_pre, indices, x, d_sae):
     return latent_sums(indices, grad_pre, x, d_sae, with_totals=True)[:2]
 
 
+def _cuda_backward(grad_pre, indices, x, d_sae):
+    from ..cuda.sparse_decode import latent_sums
+
+    return latent_sums(indices, grad_pre, x, d_sae, with_totals=True)[:2]
+
+
 def _plain_backward(grad_pre, indices, x, d_sae):
     return _reference_weight_grads(grad_pre, indices, x, d_sae)
 
 
-_lib.impl("topk_encode_triton", triton_or(_triton_forward, _plain_forward), "CompositeExplicitAutograd")
-_lib.impl("topk_encode_triton_backward", triton_or(_triton_backward, _plain_backward), "CompositeExplicitAutograd")
+for _name, _triton, _cuda, _plain in (
+    ("", _triton_forward, _cuda_forward, _plain_forward),
+    ("_backward", _triton_backward, _cuda_backward, _plain_backward),
+):
+    _without_triton = cuda_or(_cuda, _plain)
+    _lib.impl(f"topk_encode_triton{_name}", triton_or(_triton, _without_triton), "CompositeExplicitAutograd")
+    _lib.impl(f"topk_encode_cuda{_name}", _without_triton, "CompositeExplicitAutograd")
 
 
 class _TopKEncode(torch.autograd.Function):
