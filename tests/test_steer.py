@@ -48,6 +48,13 @@ CASES = {
             + z.sum(-1, keepdim=True) * torch.tensor([0.35, 0, 0, 0, 0.1, 0, 0, 0, 0, 0, 0, 0.25, 0], dtype=z.dtype)
         ),
     ),
+    "mix weighted": (
+        steer.mix(LATENTS, 0.5, [2.0, 0.0, 6.0]),
+        lambda z: (
+            0.5 * z
+            + z.sum(-1, keepdim=True) * torch.tensor([0, 0, 0, 0, 0.125, 0, 0, 0, 0, 0, 0, 0.375, 0], dtype=z.dtype)
+        ),
+    ),
     "mix nothing": (steer.mix(LATENTS, 0.0), lambda z: z),
     "set": (steer.set_(LATENTS, 1.5), lambda z: onto(z, lambda c: torch.full_like(c, 1.5))),
     "set each": (steer.set_(torch.tensor(LATENTS), AMOUNTS), lambda z: onto(z, lambda c: AMOUNTS.expand_as(c))),
@@ -109,6 +116,9 @@ def test_dtype_stays_and_gradients_flow(dtype):
     [
         (lambda: steer.mix([1], 1.5), ValueError, "alpha must be between 0 and 1, got 1.5"),
         (lambda: steer.mix([], 0.5), ValueError, "mix: latents must name at least one latent"),
+        (lambda: steer.mix([1, 2], 0.5, [1.0]), ValueError, r"weights must be one per latent, \(2,\), got \(1,\)"),
+        (lambda: steer.mix([1, 2], 0.5, [0.0, 0.0]), ValueError, "weights must be finite, not negative, and not all 0"),
+        (lambda: steer.mix([1, 2], 1.5, [1.0, 0.0]), ValueError, "alpha must be between 0 and 1, got 1.5"),
         (lambda: steer.mix_all([(1, 0.6), (2, 0.5)]), ValueError, "the alphas must sum to at most 1, got 1.1"),
         (lambda: steer.mix_all([]), ValueError, "latents must name at least one latent"),
         (lambda: steer.direction([1.0], 1.0), TypeError, r"vector must be a floating tensor \[d_in\], got list"),

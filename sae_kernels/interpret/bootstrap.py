@@ -1,14 +1,13 @@
 """How sure a score is: bootstrap intervals of AUC and correlation for chosen pairs of concept and latent."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from ..eval.resample import resample_weights
 from ..ops import _checks
-
-BLOCK = 2**22  # weights of one block of resamples: 32 MiB
 
 
 @dataclass(frozen=True)
@@ -32,7 +31,7 @@ def bootstrap_intervals(
     groups: Tensor | None = None,
     seed: int = 0,
 ) -> Intervals:
-    """The intervals of the given (concept, latent) pairs over resamples of the rows (Efron 1979).
+    """The intervals of the given (concept, latent) pairs over resamples of the rows.
 
     values, indices [rows, k] and labels [rows, n_concepts] bool as concept_scores takes them. groups [rows] int64:
     what is drawn with replacement where rows belong together, such as the item at a position. The pairs are taken as
@@ -47,7 +46,7 @@ def bootstrap_intervals(
     detectors = [_Detector(values, indices, labels[:, concept], latent) for concept, latent in pairs]
     parts = [
         torch.stack([detector.scores(weights) for detector in detectors])
-        for weights in _draws(len(values), resamples, groups, seed)
+        for weights in resample_weights(len(values), resamples, groups, seed)
         if detectors
     ]
     if not parts:
@@ -55,22 +54,6 @@ def bootstrap_intervals(
     ends = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)
     low, high = torch.cat(parts, -1).nanquantile(ends, dim=-1)
     return Intervals(low[:, 0], high[:, 0], low[:, 1], high[:, 1])
-
-
-def _draws(rows: int, resamples: int, groups: Tensor | None, seed: int) -> Iterator[Tensor]:
-    """Blocks [b, rows] float64: how often every row stands in each resample."""
-    generator = torch.Generator().manual_seed(seed)
-    names, place = (None, None) if groups is None else groups.cpu().unique(return_inverse=True)
-    units = rows if names is None else names.numel()
-    left, block = resamples if rows else 0, max(BLOCK // max(rows, 1), 1)
-    while left:
-        count = min(block, left)
-        drawn = torch.randint(units, (count, units), generator=generator)
-        weights = torch.zeros(count, units, dtype=torch.float64).scatter_add_(
-            1, drawn, torch.ones((), dtype=torch.float64).expand(count, units)
-        )
-        yield weights if place is None else weights[:, place]
-        left -= count
 
 
 class _Detector:

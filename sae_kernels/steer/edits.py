@@ -17,12 +17,21 @@ Edit = Callable[[SparseCode], SparseCode]
 Latents = int | Sequence[int] | Tensor
 
 
-def mix(latents: Latents, alpha: float) -> Edit:
-    """z -> (1 - alpha) z + alpha s / m on each of the m latents, s = sum of the row's values: the mass s stays.
+def mix(latents: Latents, alpha: float, weights: Tensor | Sequence[float] | None = None) -> Edit:
+    """z -> (1 - alpha) z + alpha s w / sum(w) on the m latents, s = sum of the row's values: the mass s stays.
 
-    alpha in [0, 1] (Spisak et al. 2026). A row that fires nowhere stays so.
+    alpha in [0, 1] (Spisak et al. 2026, where w is 1). weights [m], not negative: what each latent is worth, all alike
+    where None. A row that fires nowhere stays so.
     """
-    return mix_all([(latents, alpha)])
+    if weights is None:
+        return mix_all([(latents, alpha)])
+    weights = torch.as_tensor(weights, dtype=torch.float64)
+    if weights.shape != (torch.as_tensor(latents).numel(),):
+        count = torch.as_tensor(latents).numel()
+        raise ValueError(f"mix: weights must be one per latent, ({count},), got {tuple(weights.shape)}")
+    if not bool((weights >= 0).all()) or not 0 < float(weights.sum()) < math.inf:
+        raise ValueError("mix: weights must be finite, not negative, and not all 0")
+    return _mixed([_latents("mix", latents)], [alpha], [weights / weights.sum()])
 
 
 def mix_all(parts: Sequence[tuple[Latents, float]]) -> Edit:
@@ -31,7 +40,12 @@ def mix_all(parts: Sequence[tuple[Latents, float]]) -> Edit:
     parts: (latents, alpha), the alphas in [0, 1] with a sum of at most 1; a latent may stand in several parts.
     """
     chosen = [_latents("mix", latents) for latents, _ in parts]
-    alphas = [alpha for _, alpha in parts]
+    each = [torch.full((part.numel(),), 1 / max(part.numel(), 1), dtype=torch.float64) for part in chosen]
+    return _mixed(chosen, [alpha for _, alpha in parts], each)
+
+
+def _mixed(chosen: list[Tensor], alphas: list[float], weights: list[Tensor]) -> Edit:
+    """weights: of each part, summing to 1."""
     if not chosen or any(part.numel() == 0 for part in chosen):
         raise ValueError("mix: latents must name at least one latent")
     for alpha in alphas:
@@ -40,11 +54,8 @@ def mix_all(parts: Sequence[tuple[Latents, float]]) -> Edit:
     # three times 1/3 may come out above 1
     if sum(alphas) > 1 + 1e-9:
         raise ValueError(f"mix: the alphas must sum to at most 1, got {sum(alphas)}")
-    each = [
-        torch.full((part.numel(),), a / part.numel(), dtype=torch.float64)
-        for part, a in zip(chosen, alphas, strict=True)
-    ]
-    where, share, rest = torch.cat(chosen), torch.cat(each), max(1 - sum(alphas), 0.0)
+    where, rest = torch.cat(chosen), max(1 - sum(alphas), 0.0)
+    share = torch.cat([part * alpha for part, alpha in zip(weights, alphas, strict=True)])
 
     def edit(code: SparseCode) -> SparseCode:
         mass = code.values.sum(-1, keepdim=True)

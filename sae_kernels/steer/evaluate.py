@@ -1,28 +1,45 @@
-"""What an edit does to recommendations: more of the concept, at what cost for the user."""
+"""What steering does to recommendations: more of the concept, at what cost for the user, and against what else."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from ..data.histories import Histories
-from ..eval.ranking import Scorer, metrics_at_k, top_k_items
+from ..eval.lists import list_figures, means_and_errors
+from ..eval.ranking import Scorer, top_k_items
 from ..hooks import attach
 from .edits import Edit
+from .goals import Goals, one_goal
+
+Lists = Callable[[float], Tensor]  # strength -> lists [n_users, k] int64, best first, -1 for no item
+STRENGTHS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 
 
 @dataclass(frozen=True)
 class SteeringRow:
-    """One strength. concept_share: share of the listed items that have the concept. ndcg: against users' own targets.
-    segment_ndcg: against all unseen items of the concept, over the users who have one. k: length of the lists."""
+    """One method at one strength; means over the users, as list_figures and means_and_errors define them.
+
+    ndcg, recall: against users' own targets. segment_ndcg, segment_recall: against all unseen items of the concept,
+    over the users who have one. concept_share: of the listed items. diversity is NaN where no embeddings were given. k:
+    length of the lists. errors: bootstrap standard error of every figure; 1.96 of them to either side are a 95 % band.
+    """
 
     strength: float
     concept_share: float
     ndcg: float
     segment_ndcg: float
     k: int
+    recall: float
+    segment_recall: float
+    novelty: float
+    coverage: float
+    gini: float
+    diversity: float = float("nan")
+    method: str = ""
+    errors: dict[str, float] = field(default_factory=dict)
 
 
 def attached(
@@ -30,7 +47,8 @@ def attached(
 ) -> Callable[[Edit | None], AbstractContextManager[nn.Module]]:
     """steered(edit): a context in which the model runs through the SAE with that edit; outside it, it is as before.
 
-    name: the module to attach to, model.hook_point where None; options: those of `attach`, such as error_term=True.
+    name: the module to attach to, model.hook_point where None; options: those of `attach`, such as error_term=True or
+    positions="last". The general way: any module, any position; SteeredRanker is the fast one.
     """
     where = getattr(model, "hook_point", None) if name is None else name
     if where is None:
@@ -54,6 +72,7 @@ def steering_table(
     strengths: Sequence[float] = (0.0, 0.1, 0.2, 0.3, 0.5),
     k: int = 20,
     batch_size: int = 512,
+    resamples: int = 0,
 ) -> list[SteeringRow]:
     """One row per strength: lists of k unseen items for all users, steered towards one concept.
 
@@ -62,42 +81,66 @@ def steering_table(
     items that have the concept. histories are masked from the lists; targets: the same users. Scores exist for one
     batch at a time. Raises TypeError or ValueError that names the argument.
     """
-    member = _members(concept_items, histories.n_items)
-    rows = []
-    for strength in strengths:
+    goals = one_goal(concept_items, len(histories), histories.n_items)
+
+    def lists_at(strength: float) -> Tensor:
         with steered(edit_at(strength)) as scorer:
-            top = top_k_items(scorer, histories, k, batch_size)
-        listed = top >= 0
-        share = (member[top.clamp(min=0)] & listed).sum() / listed.sum().clamp(min=1)
-        ndcg = metrics_at_k(top, targets)[f"ndcg@{k}"]
-        rows.append(SteeringRow(strength, float(share), ndcg, _segment_ndcg(top, member, histories, batch_size), k))
+            return top_k_items(scorer, histories, k, batch_size)
+
+    return compare_steering({"": lists_at}, goals, histories, targets, strengths=strengths, resamples=resamples)
+
+
+def compare_steering(
+    methods: Mapping[str, Lists],
+    goals: Goals,
+    histories: Histories,
+    targets: Histories,
+    *,
+    strengths: Sequence[float] | Mapping[str, Sequence[float]] = STRENGTHS,
+    embeddings: Tensor | None = None,
+    popularity: Tensor | None = None,
+    resamples: int = 200,
+    seed: int = 0,
+) -> list[SteeringRow]:
+    """A row per method and strength, every method on the same users, goals and resamples.
+
+    methods: name -> lists at a strength; see sae_kernels.steer.methods. strengths: for all, or per method. embeddings
+    [n_items, d]: for the diversity within a list; popularity [n_items]: users per item, those of histories where None.
+    """
+    if not len(goals.concept) == len(histories) == len(targets):
+        sizes = f"{len(goals.concept)} goals, {len(histories)} histories and {len(targets)} targets"
+        raise ValueError(f"compare_steering: {sizes} must be of the same users")
+    if popularity is None:
+        popularity = torch.bincount(histories.flat, minlength=histories.n_items)
+    unseen, rows = goals.unseen(histories), []
+    for name, lists_at in methods.items():
+        for strength in strengths[name] if isinstance(strengths, Mapping) else strengths:
+            top = lists_at(strength)
+            per_user = list_figures(top, targets, goals.wanted(top), unseen, popularity, embeddings)
+            means, errors = means_and_errors(per_user, top, histories.n_items, resamples, seed)
+            rows.append(SteeringRow(strength, k=top.shape[1], method=name, errors=errors, **means))
     return rows
 
 
-def _segment_ndcg(top: Tensor, member: Tensor, histories: Histories, batch_size: int) -> float:
-    total, users, items = 0.0, 0, member.nonzero().squeeze(1)
-    for rows in torch.arange(len(histories)).split(batch_size):
-        wanted = ~histories.batch(rows, torch.bool).cpu()[:, items]
-        rows, wanted = rows[wanted.any(1)], wanted[wanted.any(1)]
-        if rows.numel():
-            who, which = wanted.nonzero(as_tuple=True)
-            segment = Histories.from_pairs(who, items[which], rows.numel(), histories.n_items)
-            total += float(metrics_at_k(top[rows], segment)[f"ndcg@{top.shape[1]}_per_user"].sum())
-            users += rows.numel()
-    return total / users if users else float("nan")
+def pareto_front(rows: Sequence[SteeringRow], gain: str = "segment_ndcg", cost: str = "ndcg") -> list[SteeringRow]:
+    """The rows that no other beats, none having both figures as high and one higher; `cost` falls, `gain` rises."""
+    front: list[SteeringRow] = []
+    best = -float("inf")
+    for row in sorted(rows, key=lambda row: (-getattr(row, cost), -getattr(row, gain))):
+        twin = front and getattr(row, cost) == getattr(front[-1], cost) and getattr(row, gain) == best
+        if getattr(row, gain) > best or twin:
+            front.append(row)
+            best = getattr(row, gain)
+    return front
 
 
-def _members(concept_items: Tensor | Sequence[int], n_items: int) -> Tensor:
-    op, items = "steering_table: concept_items", torch.as_tensor(concept_items).cpu()
-    if items.dtype == torch.bool:
-        if items.shape != (n_items,):
-            raise ValueError(f"{op} must be bool [n_items = {n_items}], got {tuple(items.shape)}")
-    elif items.dim() != 1 or (items.numel() and items.is_floating_point()):
-        raise TypeError(f"{op} must be bool or 1-d integers, got {items.dtype} {tuple(items.shape)}")
-    elif items.numel() and not 0 <= int(items.min()) <= int(items.max()) < n_items:
-        raise ValueError(f"{op} must be in [0, n_items = {n_items}), got {int(items.min())} to {int(items.max())}")
-    else:
-        items = torch.zeros(n_items, dtype=torch.bool).index_fill_(0, items.long(), True)
-    if not bool(items.any()):
-        raise ValueError(f"{op} names no item")
-    return items
+def at_loss(rows: Sequence[SteeringRow], base: float, loss: float = 0.05) -> dict[str, SteeringRow]:
+    """method -> its row of the highest segment_ndcg among those that keep ndcg >= (1 - loss) * base; absent if none."""
+    if not 0 <= loss < 1:
+        raise ValueError(f"at_loss: loss must be in [0, 1), got {loss}")
+    found: dict[str, SteeringRow] = {}
+    for row in rows:
+        best = found.get(row.method)
+        if row.ndcg >= (1 - loss) * base and (best is None or row.segment_ndcg > best.segment_ndcg):
+            found[row.method] = row
+    return found

@@ -1,0 +1,107 @@
+"""Ways to steer, each as strength in [0, 1] -> lists: by latents, and what there is without a SAE to compare with."""
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from .edits import Latents, mix
+from .evaluate import Lists
+from .goals import Goals
+from .serve import ItemHead, SteeredRanker, Users, rank_unseen
+
+MOST = 1e4  # the bonus of re-ranking at strength 1, in standard deviations of the user's scores
+
+
+def latent_lists(
+    ranker: SteeredRanker, users: Users, goals: Goals, latents: Mapping[int, Latents] | Sequence[Latents], k: int = 20
+) -> Lists:
+    """mix(latents of the user's concept, strength); latents: by the concept's place in goals.names."""
+
+    def one(part: Users, concept: int, strength: float) -> Tensor:
+        return ranker.rank(part, k, mix(latents[concept], strength))[0]
+
+    return _by_goal(users, goals, k, one)
+
+
+def probe_lists(ranker: SteeredRanker, users: Users, goals: Goals, probes: Tensor, k: int = 20) -> Lists:
+    """No SAE: h -> (1 - strength) h + strength |h| w / |w|, w the user's concept's row of probes [n_concepts, d]."""
+    if probes.shape != (len(goals.names), users.x.shape[1]):
+        expected = f"[{len(goals.names)} concepts, {users.x.shape[1]}]"
+        raise ValueError(f"probe_lists: probes must be {expected}, got {tuple(probes.shape)}")
+    unit = normalize(probes.to(users.x), dim=1)
+
+    def one(part: Users, concept: int, strength: float) -> Tensor:
+        def states(rows: Tensor) -> Tensor:
+            h = part.x[rows]
+            return (1 - strength) * h + strength * h.norm(dim=1, keepdim=True) * unit[concept]
+
+        return rank_unseen(states, ranker.head, part.histories, k)[0]
+
+    return _by_goal(users, goals, k, one)
+
+
+def rerank_lists(ranker: SteeredRanker, users: Users, goals: Goals, k: int = 20) -> Lists:
+    """No SAE: the scores of the concept's items rise by strength / (1 - strength) standard deviations of the user's.
+
+    At strength 1 all of them stand before all others, in the model's own order.
+    """
+    items, bias = ranker.head.items, ranker.head.bias
+    # the bonus is one more dimension: of the items whether they are members, of the user how much that is worth
+    wide = torch.cat([items, items.new_zeros(len(items), 1)], 1)
+    centred = items.double() - items.double().mean(0)
+    covariance = centred.T @ centred / len(items)
+    cross = None if bias is None else centred.T @ (bias.double() - bias.double().mean()) / len(items)
+
+    def spread(query: Tensor) -> Tensor:
+        q = query.double()
+        variance = ((q @ covariance) * q).sum(1)
+        if bias is not None:
+            variance = variance + 2 * q @ cross + bias.double().var(correction=0)
+        return variance.clamp(min=0).sqrt().to(query)
+
+    def one(part: Users, concept: int, strength: float) -> Tensor:
+        wide[:, -1] = goals.labels[:, concept].to(wide)
+        bonus = MOST if strength == 1 else min(strength / (1 - strength), MOST)
+
+        def states(rows: Tensor) -> Tensor:
+            query = part.x[rows] if ranker.head.query is None else ranker.head.query(part.x[rows])
+            return torch.cat([query, bonus * spread(query).unsqueeze(1)], 1)
+
+        return rank_unseen(states, ItemHead(wide, bias), part.histories, k)[0]
+
+    return _by_goal(users, goals, k, one)
+
+
+def linear_probes(x: Tensor, labels: Tensor, ridge: float = 1.0) -> Tensor:
+    """What tells each concept's rows from the others, by ridge regression: [n_concepts, d] float64, of norm 1.
+
+    x [rows, d]: embeddings of items; labels [rows, n_concepts] bool. ridge: in units of the mean variance of x; a large
+    one gives the difference of the means. Rows of zeros for concepts that all rows or none have.
+    """
+    if labels.dtype != torch.bool or labels.dim() != 2 or len(labels) != len(x):
+        came = f"{labels.dtype} {tuple(labels.shape)}"
+        raise ValueError(f"linear_probes: labels must be bool, a row per row of x {tuple(x.shape)}, got {came}")
+    if not ridge >= 0:
+        raise ValueError(f"linear_probes: ridge must be at least 0, got {ridge}")
+    centred, y = x.double() - x.double().mean(0), labels.double()
+    covariance = centred.T @ centred / len(x)
+    covariance = covariance + ridge * covariance.diagonal().mean() * torch.eye(x.shape[1], dtype=torch.float64)
+    return normalize(torch.linalg.solve(covariance, centred.T @ (y - y.mean(0)) / len(x)).T, dim=1)
+
+
+def _by_goal(users: Users, goals: Goals, k: int, one: Callable[[Users, int, float], Tensor]) -> Lists:
+    if len(goals.concept) != len(users):
+        raise ValueError(f"{len(goals.concept)} goals and {len(users)} users; they must be of the same users")
+    parts = [(concept, rows, users.select(rows)) for concept, rows in goals.groups()]
+
+    def lists_at(strength: float) -> Tensor:
+        if not 0 <= strength <= 1:
+            raise ValueError(f"strength must be between 0 and 1, got {strength}")
+        top = torch.empty(len(users), k, dtype=torch.int64)
+        for concept, rows, part in parts:
+            top[rows] = one(part, concept, strength)
+        return top
+
+    return lists_at
