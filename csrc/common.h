@@ -12,6 +12,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <optional>
+#include <vector>
 
 #include "cpu/isa.h"
 
@@ -45,5 +46,20 @@ inline Tensor empty_like_dtype(const Tensor& like, std::initializer_list<int64_t
 inline Tensor empty_as(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType dtype) {
   return torch::stable::new_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(sizes.begin(), sizes.size()), dtype);
 }
+
+// Which latents compete, from a mask bool [d_sae] or none; both lists ascend.
+struct LatentLists {
+  std::vector<int32_t> competitors, rest;
+  const int32_t* chosen;  // null: all
+  int64_t count;
+  LatentLists(const std::optional<Tensor>& mask, int64_t d_sae) : chosen(nullptr), count(d_sae) {
+    if (!mask) return;
+    const Tensor flags = dense(*mask);
+    for (int32_t f = 0; f < d_sae; ++f) (data<bool>(flags)[f] ? competitors : rest).push_back(f);
+    chosen = competitors.data();
+    count = static_cast<int64_t>(competitors.size());
+  }
+  LatentLists(const LatentLists&) = delete;
+};
 
 }  // namespace sae_kernels

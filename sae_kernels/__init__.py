@@ -3,7 +3,7 @@
 from ._info import info
 from .hooks import attach, record
 from .nn import SparseCode, TopKSAE
-from .ops import ActivationStats, backend, sparse_decode, topk_encode
+from .ops import ActivationStats, backend, batch_topk_encode, sparse_decode, threshold_encode, topk_encode
 
 __version__ = "0.1.0"
 
@@ -13,8 +13,10 @@ __all__ = [
     "TopKSAE",
     "attach",
     "backend",
+    "batch_topk_encode",
     "info",
     "record",
     "sparse_decode",
+    "threshold_encode",
     "topk_encode",
 ]

@@ -14,13 +14,18 @@
 
 namespace sae_kernels {
 
-// All pointers are contiguous row-major; d_sae, d_in, rows, k as in the contract.
-template <class T> struct EncodeArgs {
+// All pointers are contiguous row-major; d_sae, d_in, rows, k as in the contract. Fixed: only latents above their own one of
+// thresholds [d_sae] compete, and counts [rows] says how many do.
+template <class T, class V = T, bool Fixed = false> struct EncodeArgs {
+  using Input = T;
+  static constexpr bool kFixed = Fixed;
   const T* x; const T* W; const T* bias;  // bias may be null
   int64_t rows, d_in, d_sae, k;
   int activation;
   const int32_t* competitors; int64_t n_competitors; const int32_t* rest;  // competitors null: all
-  T* values; int32_t* indices;
+  V* values; int32_t* indices;
+  const double* thresholds = nullptr;  // no NaN; at least 0 under relu and abs
+  int32_t* counts = nullptr;
 };
 
 namespace SK_ISA {
@@ -37,17 +42,21 @@ struct Scatter {
   int64_t operator()(int64_t i) const { return i * step % n; }
 };
 
-template <class T> void pack_panel(const EncodeArgs<T>& args, const Competitors& competitors, int64_t panel, Panel<Acc<T>>& out,
-                                   Acc<T>* weights, Acc<T>* bias, int32_t* latents) {
-  constexpr int NR = kNR<Acc<T>>;
-  const T* rows[NR];
-  out = {weights, bias, latents, static_cast<int>(std::min<int64_t>(NR, competitors.count - panel * NR))};
+// space: d_in x NR weights, NR biases, NR thresholds.
+template <class Args, class A>
+void pack_panel(const Args& args, const Competitors& competitors, int64_t panel, Panel<A>& out, A* space, int32_t* latents) {
+  constexpr int NR = kNR<A>;
+  const typename Args::Input* rows[NR];
+  A *bias = space + args.d_in * NR, *thresholds = bias + NR;
+  out = {space, bias, thresholds, latents, static_cast<int>(std::min<int64_t>(NR, competitors.count - panel * NR))};
   for (int i = 0; i < out.n; ++i) {
     latents[i] = competitors[panel * NR + i];
     rows[i] = args.W + latents[i] * args.d_in;
   }
-  for (int i = 0; i < NR; ++i) bias[i] = args.bias && i < out.n ? to_acc(args.bias[latents[i]]) : Acc<T>(0);
-  pack<NR>(rows, out.n, args.d_in, weights);
+  for (int i = 0; i < NR; ++i) bias[i] = args.bias && i < out.n ? to_acc(args.bias[latents[i]]) : A(0);
+  if constexpr (Args::kFixed)
+    for (int i = 0; i < NR; ++i) thresholds[i] = i < out.n ? static_cast<A>(args.thresholds[latents[i]]) : A(0);
+  pack<NR>(rows, out.n, args.d_in, space);
 }
 
 // Room for the candidates of n rows.
@@ -69,6 +78,13 @@ void merge_rows(Row<A>* state, const CandidateBuffer<A>& candidates, int64_t r, 
   }
 }
 
+// Over all splits, whose rows stand `rows` apart.
+inline int32_t total_passed(const int32_t* passed, int64_t r, int64_t rows, int64_t splits) {
+  int32_t total = 0;
+  for (int64_t s = 0; s < splits; ++s) total += passed[s * rows + r];
+  return total;
+}
+
 // How many panels the seed takes: at least 4 k latents, few enough for the second-level cache; 0 where that is not to be had.
 template <class A> int64_t seed_panels(int64_t k, int64_t panel_size, int64_t block) {
   const int64_t want = std::max<int64_t>(16, 4 * k / kNR<A>);
@@ -77,7 +93,18 @@ template <class A> int64_t seed_panels(int64_t k, int64_t panel_size, int64_t bl
   return panels * kNR<A> >= 2 * k ? panels : 0;
 }
 
-template <class T> void encode_many(const EncodeArgs<T>& args) {
+// Writes row r of the arguments.
+template <class Args, class A>
+void finish_row(const Args& args, int64_t r, Row<A>& row, const Candidates<A>& candidates, Key<A>* keys, const Competitors& competitors) {
+  const auto write = [&](const Competitors& fill, A value) {
+    write_row(row, candidates, keys, args.k, fill, value, args.values + r * args.k, args.indices + r * args.k);
+  };
+  if constexpr (Args::kFixed) write({nullptr, args.d_sae, nullptr}, A(0));
+  else write(competitors, floor_of<A>(args.activation));
+}
+
+template <class Args> void encode_many(const Args& args) {
+  using T = typename Args::Input;
   using A = Acc<T>;
   constexpr int NR = kNR<A>;
   const int64_t d_in = args.d_in, k = args.k, workers = num_threads();
@@ -85,7 +112,7 @@ template <class T> void encode_many(const EncodeArgs<T>& args) {
   const int64_t capacity = capacity_of<A>(k);
 
   const int64_t n_panels = (competitors.count + NR - 1) / NR;
-  const int64_t panel_size = NR * d_in, padded = (panel_size + NR + 15) / 16 * 16;
+  const int64_t panel_size = NR * d_in, padded = (panel_size + 2 * NR + 15) / 16 * 16;
   const int64_t block = std::clamp<int64_t>(kBlockBytes / (padded * sizeof(A)), 1, n_panels);
   const int64_t chunk = std::min(args.rows, std::max<int64_t>(kMR * workers, kCandidateBytes / (capacity * (sizeof(A) + 4))));
   // rows too few to go round: the workers share the panels of each tile, each with candidates of its own
@@ -93,7 +120,7 @@ template <class T> void encode_many(const EncodeArgs<T>& args) {
   const int64_t fits = kTileBytes / (std::max<int64_t>(d_in, 1) * sizeof(A)), fair = (chunk * splits + workers - 1) / workers;
   const int64_t tile = (std::clamp<int64_t>(std::min(fits, fair), kMR, 20 * kMR) + kMR - 1) / kMR * kMR;
 
-  const int64_t seed = seed_panels<A>(k, panel_size, block / splits);
+  const int64_t seed = Args::kFixed ? 0 : seed_panels<A>(k, panel_size, block / splits);
   const int64_t seed_ranks = (kMR + 1) * seed * NR + kMR * seed;  // and a word of signs per row and panel
 
   Buffer<A> packed(block * padded), tiles(workers * tile * d_in);
@@ -104,22 +131,23 @@ template <class T> void encode_many(const EncodeArgs<T>& args) {
   const int64_t room = key_room<A>(k);
   Buffer<Key<A>> keys(workers * room);
   Buffer<Row<A>> state(chunk * splits);
+  Buffer<int32_t> passed(Args::kFixed ? chunk * splits : 0);
   const Scatter scatter(n_panels);
 
   for (int64_t c0 = 0; c0 < args.rows; c0 += chunk) {
     const int64_t n = std::min(chunk, args.rows - c0), n_tiles = (n + tile - 1) / tile;
     const auto write = [&](int64_t worker, int64_t r) {
       merge_rows(state.p, candidates, r, chunk, splits, k);
-      write_row(state[r], candidates.row(r), keys + worker * room, k, competitors, args.activation, args.values + (c0 + r) * k,
-                args.indices + (c0 + r) * k);
+      if constexpr (Args::kFixed) args.counts[c0 + r] = total_passed(passed.p, r, chunk, splits);
+      finish_row(args, c0 + r, state[r], candidates.row(r), keys + worker * room, competitors);
     };
-    for (int64_t r = 0; r < chunk * splits; ++r) state[r].reset(args.activation);
+    for (int64_t r = 0; r < chunk * splits; ++r) state[r].reset(Args::kFixed ? kNone : args.activation);
+    if constexpr (Args::kFixed) std::fill(passed.p, passed + chunk * splits, 0);
     for (int64_t p0 = 0; p0 < n_panels; p0 += block) {
       const int64_t m = std::min(block, n_panels - p0);
       if (c0 == 0 || m < n_panels) {
         share_out(m, workers, [&](int64_t, int64_t p) {
-          A* weights = packed + p * padded;
-          pack_panel(args, competitors, scatter(p0 + p), panels[p], weights, weights + panel_size, latents + p * NR);
+          pack_panel(args, competitors, scatter(p0 + p), panels[p], packed + p * padded, latents + p * NR);
         });
       }
       share_out(n_tiles * splits, workers, [&](int64_t worker, int64_t task) {
@@ -134,11 +162,11 @@ template <class T> void encode_many(const EncodeArgs<T>& args) {
         }
         const bool abs = args.activation == kAbs;
         const int64_t done = p0 == 0 ? std::min(seed, count) : 0;
-        if (done > 0)
+        if (!Args::kFixed && done > 0)
           (abs ? seed_tile<A, true> : seed_tile<A, false>)(packed_x, rows, panels + first, done, d_in, state + place,
                                                            candidates.row(place), k, ranks + worker * seed_ranks);
-        (abs ? filter_tile<A, true> : filter_tile<A, false>)(packed_x, rows, panels + (first + done), count - done, d_in,
-                                                             state + place, candidates.row(place), k);
+        (abs ? filter_tile<A, true, Args::kFixed> : filter_tile<A, false, Args::kFixed>)(
+            packed_x, rows, panels + (first + done), count - done, d_in, state + place, passed + place, candidates.row(place), k);
         if (splits == 1 && p0 + m == n_panels)
           for (int64_t r = r0; r < r0 + rows; ++r) write(worker, r);
       });
@@ -176,10 +204,10 @@ inline void dot4(const T* const (&w)[4], const Acc<T>* x, int64_t d_in, Acc<T> (
     }
 }
 
-template <class T, int R>
-void filter_rows(const EncodeArgs<T>& args, const Acc<T>* x, const int32_t (&latents)[4], int n, Row<Acc<T>>* state,
-                 const Candidates<Acc<T>>& candidates) {
-  using A = Acc<T>;
+template <int R, class Args, class A>
+void filter_rows(const Args& args, const A* x, const int32_t (&latents)[4], int n, Row<A>* state, int32_t* passed,
+                 const Candidates<A>& candidates) {
+  using T = typename Args::Input;
   const T* w[4];
   for (int f = 0; f < 4; ++f) w[f] = args.W + latents[f < n ? f : 0] * args.d_in;
   A scores[4][R];
@@ -190,15 +218,18 @@ void filter_rows(const EncodeArgs<T>& args, const Acc<T>* x, const int32_t (&lat
       const A pre = scores[f][r] + bias;
       const bool negative = args.activation == kAbs && pre < 0;
       const A score = negative ? -pre : pre;
-      if (score < state[r].threshold) continue;
+      if constexpr (Args::kFixed) {
+        if (score <= static_cast<A>(args.thresholds[latents[f]])) continue;
+        ++passed[r];
+      } else if (score < state[r].threshold) continue;
       const Rank<A> rank = rank_of(score);
       if (state[r].beaten_by(rank, latents[f])) state[r].add(rank, tag_of(latents[f], negative), candidates.row(r), args.k);
     }
   }
 }
 
-template <class T> void encode_few(const EncodeArgs<T>& args) {
-  using A = Acc<T>;
+template <class Args> void encode_few(const Args& args) {
+  using A = Acc<typename Args::Input>;
   const int64_t d_in = args.d_in, k = args.k, rows = args.rows;
   const Competitors competitors{args.competitors, args.n_competitors, args.rest};
   const int64_t quads = (competitors.count + 3) / 4;
@@ -209,10 +240,12 @@ template <class T> void encode_few(const EncodeArgs<T>& args) {
   // one state per worker and row; the first worker's then takes in the others'
   Buffer<A> x(rows * d_in);
   Buffer<Row<A>> state(workers * rows);
+  Buffer<int32_t> passed(workers * rows);
   const CandidateBuffer<A> candidates(workers * rows, capacity);
   Buffer<Key<A>> keys(key_room<A>(k));
   for (int64_t i = 0; i < rows * d_in; ++i) x[i] = to_acc(args.x[i]);
-  for (int64_t i = 0; i < workers * rows; ++i) state[i].reset(args.activation);
+  for (int64_t i = 0; i < workers * rows; ++i) state[i].reset(Args::kFixed ? kNone : args.activation);
+  std::fill(passed.p, passed + workers * rows, 0);
 
   // scattered runs, each long enough for the hardware to stream
   constexpr int64_t kRun = 16;
@@ -228,24 +261,27 @@ template <class T> void encode_few(const EncodeArgs<T>& args) {
         for (int j = 0; j < n; ++j) latents[j] = competitors[first + j];
         int64_t r = 0;
         for (; r + 4 <= rows; r += 4)
-          filter_rows<T, 4>(args, x + r * d_in, latents, n, state + (mine + r), candidates.row(mine + r));
-        for (; r < rows; ++r) filter_rows<T, 1>(args, x + r * d_in, latents, n, state + (mine + r), candidates.row(mine + r));
+          filter_rows<4>(args, x + r * d_in, latents, n, state + (mine + r), passed + (mine + r), candidates.row(mine + r));
+        for (; r < rows; ++r)
+          filter_rows<1>(args, x + r * d_in, latents, n, state + (mine + r), passed + (mine + r), candidates.row(mine + r));
       }
     }
   });
   for (int64_t r = 0; r < rows; ++r) {
     merge_rows(state.p, candidates, r, rows, workers, k);
-    write_row(state[r], candidates.row(r), keys.p, k, competitors, args.activation, args.values + r * k, args.indices + r * k);
+    if constexpr (Args::kFixed) args.counts[r] = total_passed(passed.p, r, rows, workers);
+    finish_row(args, r, state[r], candidates.row(r), keys.p, competitors);
   }
 }
 
-template <class T> void encode_rows(const EncodeArgs<T>& args) {
+template <class Args> void encode_rows(const Args& args) {
   if (args.rows == 0) return;
   if (args.n_competitors == 0) {
     for (int64_t i = 0; i < args.rows * args.k; ++i) {
-      args.values[i] = from_acc<T>(Acc<T>(0));
+      args.values[i] = {};
       args.indices[i] = static_cast<int32_t>(i % args.k);
     }
+    if constexpr (Args::kFixed) std::fill(args.counts, args.counts + args.rows, 0);
     return;
   }
   args.rows <= kFewRows ? encode_few(args) : encode_many(args);

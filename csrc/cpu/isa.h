@@ -1,4 +1,4 @@
-// Which instruction set runs, and the raw 16-bit storage types. Free of torch.
+// Which instruction set runs, and the raw 16-bit storage types with their accumulators. Free of torch.
 #pragma once
 
 #include <cstdint>
@@ -7,6 +7,11 @@ namespace sae_kernels {
 
 struct bf16 { uint16_t bits; };
 struct fp16 { uint16_t bits; };
+
+// accumulator type: double for double, float for anything narrower
+template <class T> struct AccOf { using type = float; };
+template <> struct AccOf<double> { using type = double; };
+template <class T> using Acc = typename AccOf<T>::type;
 
 enum Isa : int { kGeneric = 0, kAvx2 = 1, kAvx512 = 2 };
 Isa cpu_isa();

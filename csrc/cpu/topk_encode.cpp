@@ -33,7 +33,6 @@ SK_INSTANTIATE(fp16)
 #include <cstdlib>
 #include <new>
 #include <tuple>
-#include <vector>
 
 #include "common.h"
 
@@ -56,16 +55,11 @@ std::tuple<Tensor, Tensor> topk_encode(Tensor x, Tensor W, std::optional<Tensor>
   if (b) b = dense(*b);
   const int64_t rows = x.size(0), d_sae = W.size(0);
   Tensor values = empty_like_dtype(x, {rows, k}), indices = empty_as(x, {rows, k}, ScalarType::Int);
-  std::vector<int32_t> competitors, rest;
-  if (latent_mask) {
-    const Tensor mask = dense(*latent_mask);
-    for (int32_t f = 0; f < d_sae; ++f) (data<bool>(mask)[f] ? competitors : rest).push_back(f);
-  }
+  const LatentLists latents(latent_mask, d_sae);
   with_float_type(x.scalar_type(), [&]<class T>(T) {
     const EncodeArgs<T> args{
         data<T>(x), data<T>(W), b ? data<T>(*b) : nullptr, rows, x.size(1), d_sae, k, static_cast<int>(activation),
-        latent_mask ? competitors.data() : nullptr, latent_mask ? static_cast<int64_t>(competitors.size()) : d_sae, rest.data(),
-        mutable_data<T>(values), mutable_data<int32_t>(indices)};
+        latents.chosen, latents.count, latents.rest.data(), mutable_data<T>(values), mutable_data<int32_t>(indices)};
     SK_DISPATCH(encode<T>, args);
   });
   return {values, indices};

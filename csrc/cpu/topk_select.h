@@ -241,17 +241,16 @@ template <class A> inline A pre_activation_in(Key<A> key) {
 template <class A> inline int64_t key_room(int64_t k) { return 2 * (k + 2 * kLanes<double>); }
 
 // Sorts the row's best and writes k values and indices; `keys` has key_room(k). Free slots take the lowest latents not
-// chosen: competitors first (all of them sit at the floor), then the rest with value 0.
-template <class T>
-inline void write_row(Row<Acc<T>>& row, const Candidates<Acc<T>>& candidates, Key<Acc<T>>* keys, int64_t k,
-                      const Competitors& competitors, int activation, T* values, int32_t* indices) {
-  using A = Acc<T>;
+// chosen: competitors first, with the value `fill`, then the rest with value 0.
+template <class A, class V>
+inline void write_row(Row<A>& row, const Candidates<A>& candidates, Key<A>* keys, int64_t k, const Competitors& competitors, A fill,
+                      V* values, int32_t* indices) {
   row.tighten(candidates, k, 0);
   const int64_t found = row.count;
   for (int64_t j = 0; j < found; ++j) keys[j] = key_of<A>(candidates.ranks[j], candidates.tags[j]);
   const Key<A>* sorted = sort_words(keys, found, keys + key_room<A>(k) / 2);
   for (int64_t j = 0; j < found; ++j) {
-    values[j] = from_acc<T>(pre_activation_in<A>(sorted[j]));
+    values[j] = from_acc<V>(pre_activation_in<A>(sorted[j]));
     indices[j] = latent_of(tag_in<A>(sorted[j]));
   }
   if (found == k) return;
@@ -262,11 +261,11 @@ inline void write_row(Row<Acc<T>>& row, const Candidates<Acc<T>>& candidates, Ke
       ++next;
       continue;
     }
-    values[out] = from_acc<T>(floor_of<A>(activation));
+    values[out] = from_acc<V>(fill);
     indices[out++] = competitors[i];
   }
   for (int64_t i = 0; out < k; ++i) {
-    values[out] = from_acc<T>(A(0));
+    values[out] = from_acc<V>(A(0));
     indices[out++] = competitors.rest[i];
   }
 }

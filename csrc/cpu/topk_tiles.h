@@ -42,6 +42,21 @@ template <class A> inline uint32_t at_least(Vec<A> score, A threshold) {
 #endif
 }
 
+// bit i set: lane i is above its threshold, or NaN
+template <class A> inline uint32_t above(Vec<A> score, Vec<A> thresholds) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(A) == 4) return _mm512_cmp_ps_mask((__m512)score, (__m512)thresholds, _CMP_NLE_UQ);
+  else return _mm512_cmp_pd_mask((__m512d)score, (__m512d)thresholds, _CMP_NLE_UQ);
+#elif defined(__AVX2__)
+  if constexpr (sizeof(A) == 4) return _mm256_movemask_ps(_mm256_cmp_ps((__m256)score, (__m256)thresholds, _CMP_NLE_UQ));
+  else return _mm256_movemask_pd(_mm256_cmp_pd((__m256d)score, (__m256d)thresholds, _CMP_NLE_UQ));
+#else
+  uint32_t mask = 0;
+  for (int i = 0; i < kLanes<A>; ++i) mask |= uint32_t(!(score[i] <= thresholds[i])) << i;
+  return mask;
+#endif
+}
+
 template <class A> inline Vec<A> magnitude(Vec<A> v) { return v < Vec<A>{} ? -v : v; }
 
 // acc[r][v] = bias + sum_c a[c][r] * b[c][v]
@@ -66,23 +81,26 @@ inline __attribute__((always_inline)) void multiply(const A* a, const A* b, cons
 template <class A> struct Panel {  // NR packed latents
   const A* weights;
   const A* bias;
+  const A* thresholds;  // null: none but the running ones
   const int32_t* latents;
   int n;
 };
 
 // The lanes of a register tile's row that are above the threshold, or at it where a lower latent wins, become candidates.
+// All lanes in `mask` are counted in `passed`, unless that is null.
 template <class A>
 __attribute__((noinline)) void collect(const Vec<A> (&score)[2], uint32_t mask, uint32_t negative, const Panel<A>& panel, Row<A>& row,
-                                       const Candidates<A>& candidates, int64_t k) {
+                                       int32_t* passed, const Candidates<A>& candidates, int64_t k) {
   constexpr int L = kLanes<A>;
   if (panel.n < kNR<A>) mask &= (1u << panel.n) - 1;
+  if (passed) *passed += __builtin_popcount(mask);
   const bool ties_win = panel.latents[0] < row.threshold_latent;
   for (int half = 0; half < 2; ++half) {
-    const uint32_t passed = mask >> half * L & ((1u << L) - 1);
-    if (!passed) continue;
+    const uint32_t lanes = mask >> half * L & ((1u << L) - 1);
+    if (!lanes) continue;
     const Vec<Rank<A>> ranks = rank_of<A>(score[half]);
-    const uint32_t above = ties_win ? mask_of<A>(ranks >= row.threshold_rank) : mask_of<A>(ranks > row.threshold_rank);
-    row.append(ranks, above & passed, negative >> half * L, panel.latents + half * L, candidates);
+    const uint32_t better = ties_win ? mask_of<A>(ranks >= row.threshold_rank) : mask_of<A>(ranks > row.threshold_rank);
+    row.append(ranks, better & lanes, negative >> half * L, panel.latents + half * L, candidates);
   }
   row.make_room(candidates, k, 2 * L);
 }
@@ -147,10 +165,11 @@ void seed_tile(const A* tile, int64_t rows, const Panel<A>* panels, int64_t n_pa
   }
 }
 
-// One tile of rows against one block of panels.
-template <class A, bool Abs>
+// One tile of rows against one block of panels. Fixed: the panels' own thresholds decide who is a candidate, and `passed`
+// counts them per row; else the rows' running ones do.
+template <class A, bool Abs, bool Fixed>
 void filter_tile(const A* tile, int64_t rows, const Panel<A>* panels, int64_t n_panels, int64_t d_in, Row<A>* state,
-                 const Candidates<A>& candidates, int64_t k) {
+                 int32_t* passed, const Candidates<A>& candidates, int64_t k) {
   for (int64_t p = 0; p < n_panels; ++p) {
     for (int64_t r0 = 0; r0 < rows; r0 += kMR) {
       Vec<A> acc[kMR][2];
@@ -161,11 +180,14 @@ void filter_tile(const A* tile, int64_t rows, const Panel<A>* panels, int64_t n_
         if (r >= n) break;
         Row<A>& row = state[r0 + r];
         const Vec<A> s0 = Abs ? magnitude<A>(acc[r][0]) : acc[r][0], s1 = Abs ? magnitude<A>(acc[r][1]) : acc[r][1];
-        const uint32_t mask = at_least<A>(s0, row.threshold) | at_least<A>(s1, row.threshold) << kLanes<A>;
+        uint32_t mask;
+        if constexpr (Fixed)
+          mask = above<A>(s0, load(panels[p].thresholds)) | above<A>(s1, load(panels[p].thresholds + kLanes<A>)) << kLanes<A>;
+        else mask = at_least<A>(s0, row.threshold) | at_least<A>(s1, row.threshold) << kLanes<A>;
         if (__builtin_expect(mask != 0, 0)) {
           const Vec<A> score[2] = {s0, s1};  // a copy: acc itself must stay in registers
           const uint32_t positive = Abs ? at_least<A>(acc[r][0], A(0)) | at_least<A>(acc[r][1], A(0)) << kLanes<A> : ~0u;
-          collect<A>(score, mask, ~positive, panels[p], row, candidates.row(r0 + r), k);
+          collect<A>(score, mask, ~positive, panels[p], row, Fixed ? passed + r0 + r : nullptr, candidates.row(r0 + r), k);
         }
       }
     }

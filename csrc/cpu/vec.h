@@ -21,11 +21,6 @@ constexpr int kVecBytes = 32;
 constexpr int kVecBytes = 16;
 #endif
 
-// accumulator type: double for double, float for anything narrower
-template <class T> struct AccOf { using type = float; };
-template <> struct AccOf<double> { using type = double; };
-template <class T> using Acc = typename AccOf<T>::type;
-
 template <class A> struct VecOf { typedef A type __attribute__((vector_size(kVecBytes))); };
 template <class A> using Vec = typename VecOf<A>::type;
 template <class A> constexpr int kLanes = kVecBytes / sizeof(A);

@@ -72,7 +72,7 @@ def topk_encode(
     """
     x_dtype = x.dtype if isinstance(x, Tensor) else None
     x, b_enc = _autocast.widened(W_enc, x, b_enc)
-    _check(x, W_enc, b_enc, k, activation, latent_mask)
+    check_encoder("topk_encode", x, W_enc, b_enc, activation, latent_mask, k=k)
     flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     run = _TopKEncode.apply if _checks.needs_grad(x, W_enc, b_enc) else _TopKEncode.forward
     values, indices = run(flat, W_enc, b_enc, k, activation, latent_mask, pick(x.device))
@@ -82,8 +82,8 @@ def topk_encode(
     return values if values.dtype == x_dtype else values.to(x_dtype), indices
 
 
-def _check(x, W_enc, b_enc, k, activation, latent_mask) -> None:
-    op = "topk_encode"
+def check_encoder(op: str, x, W_enc, b_enc, activation, latent_mask, **sizes) -> None:
+    """sizes: numbers of latents by the name of their argument, each from 1 to d_sae."""
     _checks.tensor(op, "x", x)
     _checks.tensor(op, "W_enc", W_enc, 2)
     if x.dim() == 0 or x.shape[-1] != W_enc.shape[1]:
@@ -93,7 +93,8 @@ def _check(x, W_enc, b_enc, k, activation, latent_mask) -> None:
         if b_enc.shape[0] != W_enc.shape[0]:
             raise ValueError(f"{op}: b_enc {tuple(b_enc.shape)} must be [d_sae] = [{W_enc.shape[0]}] of W_enc")
     _checks.floating(op, x=x, W_enc=W_enc, b_enc=b_enc)
-    _checks.integer(op, "k", k, 1, W_enc.shape[0])
+    for name, size in sizes.items():
+        _checks.integer(op, name, size, 1, W_enc.shape[0])
     if activation not in ACTIVATIONS:
         raise ValueError(f"{op}: activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
     if latent_mask is not None:
@@ -103,6 +104,14 @@ def _check(x, W_enc, b_enc, k, activation, latent_mask) -> None:
                 f"{op}: latent_mask must be bool [{W_enc.shape[0]}], got {latent_mask.dtype} {tuple(latent_mask.shape)}"
             )
         _checks.same_device(op, "x", x, "latent_mask", latent_mask)
+
+
+def topk_with(backend: str, x, W_enc, b_enc, k, activation, latent_mask) -> tuple[Tensor, Tensor]:
+    """The forward kernel of `backend` on 2-d, checked tensors."""
+    if backend == "reference":
+        with _autocast.switched_off(x.device):
+            return reference.topk_encode(x, W_enc, b_enc, k, activation, latent_mask)
+    return _forward[backend](x, W_enc, b_enc, k, ACTIVATIONS.index(activation), latent_mask)
 
 
 def _triton_forward(x, W_enc, b_enc, k, activation, latent_mask):
@@ -163,10 +172,7 @@ for _name, _triton, _cuda, _plain in (
 class _TopKEncode(torch.autograd.Function):
     @staticmethod
     def forward(x, W_enc, b_enc, k, activation, latent_mask, backend):
-        if backend == "reference":
-            with _autocast.switched_off(x.device):
-                return reference.topk_encode(x, W_enc, b_enc, k, activation, latent_mask)
-        return _forward[backend](x, W_enc, b_enc, k, ACTIVATIONS.index(activation), latent_mask)
+        return topk_with(backend, x, W_enc, b_enc, k, activation, latent_mask)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -185,14 +191,19 @@ class _TopKEncode(torch.autograd.Function):
             grad_pre = torch.where(values == 0, 0, grad_pre)
         elif latent_mask is not None:
             grad_pre = torch.where(latent_mask[indices.long()], grad_pre, 0)
-        need_x, need_W, need_b = ctx.needs_input_grad[:3]
-        dx = dW = db = None
-        if need_x:
-            dx = decode_with(ctx.backend, grad_pre, indices, W_enc, None)
-        if need_W or need_b:
-            weight_grads = _reference_weight_grads if ctx.backend == "reference" else _backward[ctx.backend]
-            dW, db = weight_grads(grad_pre, indices, x, W_enc.shape[0])
-        return dx, dW if need_W else None, db if need_b else None, None, None, None, None
+        return *encoder_grads(ctx.backend, ctx.needs_input_grad[:3], grad_pre, indices, x, W_enc), *[None] * 4
+
+
+def encoder_grads(backend, needs, grad_pre, indices, x, W_enc) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of x, W_enc and b_enc, each where it is needed, from those of the chosen pre-activations [N, k]."""
+    need_x, need_W, need_b = needs
+    dx = dW = db = None
+    if need_x:
+        dx = decode_with(backend, grad_pre, indices, W_enc, None)
+    if need_W or need_b:
+        weight_grads = _reference_weight_grads if backend == "reference" else _backward[backend]
+        dW, db = weight_grads(grad_pre, indices, x, W_enc.shape[0])
+    return dx, dW if need_W else None, db if need_b else None
 
 
 def _reference_weight_grads(grad_pre: Tensor, indices: Tensor, x: Tensor, d_sae: int) -> tuple[Tensor, Tensor]:
