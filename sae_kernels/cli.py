@@ -1,4 +1,4 @@
-"""The command line: demo, train, eval, bench, info."""
+"""The command line: demo, extract, train, eval, bench, info."""
 
 import argparse
 import json
@@ -6,12 +6,13 @@ import sys
 import warnings
 from pathlib import Path
 
-from . import __version__
+from . import __version__, cli_extract
 
 EXAMPLES = """examples:
   sae-kernels demo                                        simulated data, no network: a minute or two
   sae-kernels demo --data data/goodbooks10k --d 256       a real data set
   sae-kernels demo --interactions log.parquet --user-col user --item-col item --model sasrec --time-col ts
+  sae-kernels extract --sasrec sasrec.npz --data data/ml1m --out runs/acts
   sae-kernels train activations.npy --out runs/sae --width 8 --k 32 --steps 5000
   sae-kernels eval runs/sae held_out.npy                  FVU, cosine, L0, dead share
   sae-kernels bench                                       these kernels against plain torch, in two minutes
@@ -72,6 +73,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def _after_interrupt(options: argparse.Namespace, error: KeyboardInterrupt) -> str:
     folder = getattr(error, "checkpoint", None)
+    if options.command == "extract":
+        return f"interrupted; run the same command again to go on with {options.out}"
     if options.command == "demo":
         from .experiments.demo import DemoConfig
 
@@ -93,6 +96,8 @@ def _parser() -> _Parser:
     parser.add_argument("--version", action="version", version=f"sae-kernels {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="command", title="commands")
     _add_demo(commands)
+    extract = "a model's activations into a store that a crash cannot spoil"
+    cli_extract.add_arguments(_add(commands, "extract", cli_extract.run, extract, cli_extract.EXAMPLES))
     _add_train(commands)
     _add_eval(commands)
     _add_bench(commands)

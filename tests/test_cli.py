@@ -182,8 +182,8 @@ def test_activation_files(tmp_path):
 def test_help_teaches(capsys):
     assert cli.main([]) == 0
     shown = capsys.readouterr().out
-    assert all(f"sae-kernels {name}" in shown for name in ("demo", "train", "eval", "info"))
-    for name in ("demo", "train", "eval", "info"):
+    assert all(f"sae-kernels {name}" in shown for name in ("demo", "extract", "train", "eval", "info"))
+    for name in ("demo", "extract", "train", "eval", "info"):
         with pytest.raises(SystemExit) as exit:
             cli.main([name, "--help"])
         assert exit.value.code == 0
