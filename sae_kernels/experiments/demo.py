@@ -10,19 +10,16 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from .._info import info
 from ..nn import TopKSAE
-from ..train import fit
 from ..train.checkpoint import need
 from . import findings, stages
 from .report import write_report
 from .stages import RECIPES, K, Parts
 
 SHOWN = 10  # concepts in the printed table
-LR, DECAY = 3e-3, 0.5  # tuned on goodbooks10k
 
 
 @dataclass(frozen=True)
@@ -147,11 +144,9 @@ def _begin(config: DemoConfig) -> None:
         if not note.is_file():
             raise FileNotFoundError(f"--resume: {config.out} holds no run (no run.json)")
         then, now = json.loads(note.read_text()), config.identity()
-        differing = [
-            f"{name} was {then.get(name)!r} and is {now[name]!r}" for name in now if then.get(name) != now[name]
-        ]
+        differing = stages.differences(then, now)
         if differing:
-            raise ValueError(f"--resume: this run is not the one in {config.out}: {'; '.join(differing)}")
+            raise ValueError(f"--resume: this run is not the one in {config.out}: {differing}")
         return
     config.out.mkdir(parents=True, exist_ok=True)
     # what an older run left would be taken for this one's
@@ -177,21 +172,13 @@ def _recommender(run: Run, parts: Parts) -> nn.Module:
 
 def _train_sae(run: Run, model: nn.Module, parts: Parts) -> tuple[TopKSAE, list[dict[str, float]]]:
     config = run.config
-    generator = torch.Generator().manual_seed(config.seed)
-    d_sae = config.width * config.d
-    sae = TopKSAE(config.d, d_sae, config.k, normalize=config.normalize, generator=generator)
-    if config.normalize == "global":
-        sae.fit_normalizer(torch.cat([x for x, _ in stages.embeddings(model, parts.train)]))
-    path = config.out / "sae"
+    sae, path = stages.new_sae(model, parts, config), config.out / "sae"
     with run.stage("sae"):
-        result = fit(
+        result = stages.train_sae(
             sae,
-            stages.training_source(model, parts, config),
-            steps=config.steps,
-            batch_size=stages.ROWS,
-            lr=LR,
-            decay=DECAY,
-            seed=config.seed,
+            model,
+            parts,
+            config,
             log_every=max(1, config.steps // 100),
             progress=not config.quiet,
             checkpoint=path,

@@ -10,7 +10,7 @@ from ..interpret import best_latents, concept_scores, concept_tfidf, latent_exam
 from ..nn import TopKSAE
 from ..ops.activation_stats import ActivationStats
 from ..steer import attached, mix, steering_table
-from .stages import K, Parts, coded_items, steered_positions
+from .stages import K, Parts, coded_items
 
 STRENGTHS = (0.0, 0.1, 0.2, 0.3, 0.5)
 STEERED = 5  # concepts steered towards
@@ -114,7 +114,7 @@ def best_raw_auc(x: Tensor, labels: Tensor) -> Tensor:
 
 def steer(model: nn.Module, sae: TopKSAE, parts: Parts, found: dict[str, Any]) -> list[dict[str, Any]]:
     """Steering towards the best-read concepts (or, where none are named, the items of strong latents), row by row."""
-    steered = attached(model, sae, positions=steered_positions(model))
+    steered = attached(model, sae, positions=model.positions)
     rows = []
     for name, latents, members in _goals(parts, found):
         table = steering_table(

@@ -63,24 +63,24 @@ def render(results: dict[str, Any]) -> str:
         f"<h1>{escape(title)}</h1><p class='lead'>{escape(_lead(results))}</p>",
         _cards(results),
         "<div class='two'>",
-        _section(
+        section(
             "What the SAE costs",
             "Ranking for held-out users: the original model, and the one that runs through the SAE.",
-            _plot(_ranking_figure(results)),
+            plot(_ranking_figure(results)),
         ),
-        _section(
+        section(
             "Training",
             "Share of the embeddings' variance that stays unexplained, and latents that fire no more.",
-            _plot(_training_figure(results)),
+            plot(_training_figure(results)),
         ),
         "</div>",
         _concepts_section(results),
         _steering_section(results),
-        _section(
+        section(
             "How often latents fire",
             f"Each latent by its share of {results['counted_rows']:,} rows drawn as in "
             f"training; {results['dead_share']:.2%} of {results['d_sae']:,} fire on none.",
-            _plot(_density_figure(results)),
+            plot(_density_figure(results)),
         ),
         _latents_section(results),
         f"<footer>{escape(_foot(results))}</footer>",
@@ -124,11 +124,11 @@ def _cards(results: dict[str, Any]) -> str:
     )
 
 
-def _section(title: str, note: str, content: str) -> str:
+def section(title: str, note: str, content: str) -> str:
     return f"<section><h2>{escape(title)}</h2><p class='note'>{escape(note)}</p>{content}</section>"
 
 
-def _plot(figure: Any) -> str:
+def plot(figure: Any) -> str:
     return figure.to_html(full_html=False, include_plotlyjs=False, config={"displayModeBar": False, "responsive": True})
 
 
@@ -205,7 +205,7 @@ def _concepts_section(results: dict[str, Any]) -> str:
         "How well one latent tells the items of a concept from the others: 0.5 is chance, 1 perfect. Dotted: the mean "
         f"over all concepts for an untrained SAE, and for the best single dimension of the embedding.{some}"
     )
-    return _section("Concepts and their latents", note, _plot(figure))
+    return section("Concepts and their latents", note, plot(figure))
 
 
 def _steering_section(results: dict[str, Any]) -> str:
@@ -234,9 +234,9 @@ def _steering_section(results: dict[str, Any]) -> str:
         "A share of every user's activation is moved to the concept's latents. Left: how much of the list is then of "
         "the concept. Right: how well the list still meets what the user went on to choose."
     )
-    plots = "".join(f"<div style='min-width:0'>{_plot(figure)}</div>" for figure in (share, ndcg))
+    plots = "".join(f"<div style='min-width:0'>{plot(figure)}</div>" for figure in (share, ndcg))
     grid = f"<div class='two'>{plots}</div>"
-    return _section("Steering", note, grid)
+    return section("Steering", note, grid)
 
 
 def _density_figure(results: dict[str, Any]) -> Any:
@@ -272,7 +272,7 @@ def _latents_section(results: dict[str, Any]) -> str:
     table = f"<table id='latents'><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table>"
     search = "<input id='find' placeholder='Find a concept or a title' aria-label='Find a concept or a title'>"
     note = f"{len(body)} latents with their evidence: those with a name first, by AUC, then the busiest."
-    return _section("Latents", note, f"{search}<div class='scroll'>{table}</div>")
+    return section("Latents", note, f"{search}<div class='scroll'>{table}</div>")
 
 
 def _foot(results: dict[str, Any]) -> str:

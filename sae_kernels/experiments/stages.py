@@ -24,13 +24,14 @@ from ..eval.reconstruction import ReconstructionMetrics, reconstruction_metrics
 from ..hooks import attach, record
 from ..nn import TopKSAE
 from ..recommenders import ELSA, MultVAE, SASRec, fit_collaborative, fit_sequential
-from ..train import from_model
+from ..train import FitResult, fit, from_model
 from ..train.sources import as_source
 
 K = 20  # the length of a recommendation list
 ROWS = 1024  # rows of one SAE step
 KEEP = (0.2, 1.0)  # the share of a history that a random sub-history keeps
 COUNTED = 64  # batches on which it is counted how often each latent fires
+LR, DECAY = 3e-3, 0.5  # of the SAE, tuned on goodbooks10k
 POSITIONS = 60_000  # positions of sequences on which latents are compared with concepts
 
 
@@ -94,6 +95,13 @@ def split(data: Interactions, config: Any) -> Parts:
     return Parts(data, histories.select(train), test)
 
 
+def differences(then: dict[str, Any], now: dict[str, Any]) -> str:
+    """What another run was and this one is, as text; empty where they are the same run."""
+    return "; ".join(
+        f"{name} was {then.get(name)!r} and is {now[name]!r}" for name in now if then.get(name) != now[name]
+    )
+
+
 def new_recommender(parts: Parts, config: Any) -> nn.Module:
     make = {"elsa": ELSA, "multvae": MultVAE, "sasrec": SASRec}[config.model]
     with torch.random.fork_rng(devices=[]):
@@ -103,8 +111,8 @@ def new_recommender(parts: Parts, config: Any) -> nn.Module:
 
 def train_recommender(model: nn.Module, parts: Parts, config: Any, progress: Callable | None) -> Any:
     recipe, real = RECIPES[config.model], int(config.real)
-    fit = fit_sequential if config.model == "sasrec" else fit_collaborative
-    return fit(
+    train = fit_sequential if config.model == "sasrec" else fit_collaborative
+    return train(
         model,
         parts.train,
         epochs=config.epochs,
@@ -113,6 +121,23 @@ def train_recommender(model: nn.Module, parts: Parts, config: Any, progress: Cal
         seed=config.seed,
         progress=progress,
     )
+
+
+def new_sae(model: nn.Module, parts: Parts, config: Any, **options: Any) -> TopKSAE:
+    """An untrained SAE of config.width * config.d latents; options: as TopKSAE takes them, before those of config."""
+    generator = torch.Generator().manual_seed(config.seed)
+    options = {"normalize": config.normalize, **options}
+    sae = TopKSAE(config.d, config.width * config.d, config.k, generator=generator, **options)
+    if options["normalize"] == "global":
+        sae.fit_normalizer(torch.cat([x for x, _ in embeddings(model, parts.train)]))
+    return sae
+
+
+def train_sae(sae: TopKSAE, model: nn.Module, parts: Parts, config: Any, **options: Any) -> FitResult:
+    """config.steps steps on the training users' embeddings; options: as `fit` takes them."""
+    source = training_source(model, parts, config)
+    recipe = {"steps": config.steps, "batch_size": ROWS, "lr": LR, "decay": DECAY, "seed": config.seed}
+    return fit(sae, source, **recipe, **options)
 
 
 def training_source(model: nn.Module, parts: Parts, config: Any) -> object:
@@ -161,19 +186,14 @@ def reconstruction_as_trained(model: nn.Module, sae: TopKSAE, parts: Parts, conf
     return reconstruction_metrics(sae, (source.next() for _ in range(COUNTED)))
 
 
-def ranking(model: nn.Module, parts: Parts, sae: TopKSAE | None = None) -> dict[str, float]:
-    """ndcg@20 and recall@20 on the held-out users, with the SAE in place where one is given."""
+def ranking(model: nn.Module, parts: Parts, sae: TopKSAE | None = None, k: int = K) -> dict[str, float]:
+    """ndcg@k and recall@k on the held-out users, with the SAE in place where one is given."""
     if sae is None:
-        found = rank_metrics(model, parts.test.inputs, parts.test.targets, K)
+        found = rank_metrics(model, parts.test.inputs, parts.test.targets, k)
     else:
-        with attach(model, model.hook_point, sae, positions=steered_positions(model)):
-            found = rank_metrics(model, parts.test.inputs, parts.test.targets, K)
-    return {name: float(found[name]) for name in (f"ndcg@{K}", f"recall@{K}")}
-
-
-def steered_positions(model: nn.Module) -> str:
-    """A sequence is scored from its last position alone; sequences are padded on the left."""
-    return "last" if isinstance(model, SASRec) else "all"
+        with attach(model, model.hook_point, sae, positions=model.positions):
+            found = rank_metrics(model, parts.test.inputs, parts.test.targets, k)
+    return {name: float(found[name]) for name in (f"ndcg@{k}", f"recall@{k}")}
 
 
 @torch.no_grad()
