@@ -79,7 +79,7 @@ def fit(
     """Trains a TopKSAE with Adam on `source`, decoder rows kept at unit norm.
 
     source: a tensor [rows, d_in] (shuffled epochs), an iterable of batches [..., d_in], a callable(step, generator) ->
-    batch, `from_model(...)` or `read_shuffled(...)`; batch_size is of use for a tensor only. warmup and decay are
+    batch, `from_model(...)` or a `ShuffledReader`; batch_size is of use for a tensor only. warmup and decay are
     shares of `steps`: the learning rate rises linearly to lr and falls linearly to 0. clip: the largest gradient norm,
     or None. compute_dtype: losses and gradients are computed in it (bfloat16), weights and Adam kept as they are.
     log gets every history row: step, loss, fvu, aux, l0 (means since the last row), dead_share, lr (and validation).

@@ -1,0 +1,207 @@
+"""The shuffled reader: exact epochs, a shuffle that passes its statistics, positions, parts, workers, wrong inputs."""
+
+import pytest
+import torch
+from ranks import run_ranks
+
+from sae_kernels.data import reader as reader_module
+from sae_kernels.data.reader import ShuffledReader
+from sae_kernels.data.store import ActivationStore, RowWriter
+from sae_kernels.nn.sae import TopKSAE
+from sae_kernels.train import fit
+
+ROWS = 1013  # prime: nothing divides evenly
+SMALL = {"buffer_rows": 256, "piece_rows": 7, "lanes": 4}
+
+
+def write(path, rows, shard_rows, d=3, dtype=torch.float32):
+    """A store whose row i holds i + j/8 in column j."""
+    with RowWriter(path, d, dtype, shard_rows=shard_rows) as writer:
+        writer.add((torch.arange(rows)[:, None] + torch.arange(d) / 8).to(dtype))
+    return ActivationStore.open(path)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    return write(tmp_path_factory.mktemp("store") / "acts", ROWS, 97)
+
+
+def drawn(reader, batches):
+    """The numbers of the rows of so many batches, each row checked to be whole."""
+    x = torch.cat([reader.next() for _ in range(batches)])
+    assert torch.equal(x, x[:, :1] + torch.arange(3) / 8)
+    return x[:, 0].long()
+
+
+@pytest.mark.parametrize("workers", [0, 1, 3])
+@pytest.mark.parametrize(
+    "options", [SMALL, {}, {"buffer_rows": 1, "piece_rows": 1, "lanes": 1}, {"piece_rows": 10_000}]
+)
+def test_every_epoch_gives_every_row_once(store, workers, options):
+    rows = drawn(ShuffledReader(store, 64, workers=workers, **options), 3 * ROWS // 64 + 1)
+    epochs = rows[: 3 * ROWS].reshape(3, ROWS)
+    for epoch in epochs:
+        assert torch.equal(epoch.sort().values, torch.arange(ROWS))
+    assert not torch.equal(epochs[0], epochs[1]) and not torch.equal(epochs[1], epochs[2])
+
+
+def test_order_depends_on_the_seed_and_not_on_the_workers(store):
+    first, again, threads, other = (
+        drawn(ShuffledReader(store, 64, workers=workers, seed=seed, **SMALL), 20)
+        for workers, seed in ((0, 1), (0, 1), (3, 1), (0, 2))
+    )
+    assert torch.equal(first, again) and torch.equal(first, threads) and not torch.equal(first, other)
+
+
+def test_bfloat16_rows_come_as_stored(tmp_path):
+    store = write(tmp_path / "acts", 200, 64, d=5, dtype=torch.bfloat16)
+    batch = ShuffledReader(store, 200, workers=0).next()
+    assert batch.dtype == torch.bfloat16
+    assert torch.equal(batch[batch[:, 0].argsort(stable=True)][:, 0], store.read(slice(0, 200))[:, 0])
+
+
+@pytest.mark.parametrize("size", [1, 3, 2000])
+def test_batches_of_any_size(store, size):
+    reader = ShuffledReader(store, size, workers=0, **SMALL)
+    rows = torch.cat([drawn(reader, 1) for _ in range(2 * ROWS // size + 2)])
+    assert torch.equal(rows[:ROWS].sort().values, torch.arange(ROWS))
+
+
+@pytest.mark.parametrize("at", [0, 5, 16, 40])
+def test_a_resumed_order_is_the_uninterrupted_one(store, at):
+    whole, cut, resumed = (ShuffledReader(store, 64, **SMALL) for _ in range(3))
+    rows = drawn(whole, 60).reshape(60, 64)
+    for _ in range(at):
+        cut.next()
+    resumed.load_state_dict(cut.state_dict())
+    assert torch.equal(drawn(resumed, 60 - at).reshape(-1, 64), rows[at:])
+    whole.load_state_dict({"drawn": 64})
+    assert torch.equal(drawn(whole, 3).reshape(3, 64), rows[1:4])
+
+
+@pytest.mark.parametrize("parts", [2, 4])
+def test_parts_share_the_batches_and_read_no_row_twice(store, parts, monkeypatch):
+    read, pieces = [], reader_module._Epoch.pieces
+
+    def counted(self, *job):
+        found = pieces(self, *job)
+        read.append(sum(count for _, _, count in found))
+        return found
+
+    whole = ShuffledReader(store, 64, workers=0, **SMALL)
+    rows = drawn(whole, ROWS // 64)
+    monkeypatch.setattr(reader_module._Epoch, "pieces", counted)
+    shared = []
+    for part in range(parts):
+        reader = ShuffledReader(store, 64, workers=0, **SMALL)
+        reader.split(part, parts)
+        shared.append(drawn(reader, ROWS // 64))
+    for part, found in enumerate(shared):
+        assert torch.equal(found, rows[part::parts])
+    assert sum(read) == ROWS
+
+
+def test_batches_that_are_kept_stay_as_they_were(store):
+    reader = ShuffledReader(store, 64, **SMALL)
+    kept = [reader.next() for _ in range(40)]
+    copies = [batch.clone() for batch in kept]
+    for _ in range(40):
+        reader.next()
+    assert all(torch.equal(a, b) for a, b in zip(kept, copies, strict=True))
+
+
+def test_memory_of_used_buffers_is_used_again(tmp_path):
+    reader = ShuffledReader(write(tmp_path / "acts", 1024, 100), 64, workers=0, **SMALL)
+    assert len({reader.next().untyped_storage().data_ptr() for _ in range(64)}) == 1
+
+
+def test_shuffle_statistics(tmp_path):
+    """Against what random pieces, mixed within a buffer, must give; 5 sigma, fixed seeds."""
+    rows, batch, buffer, piece = 16384, 64, 1024, 8
+    store = write(tmp_path / "acts", rows, 1000)
+    reader = ShuffledReader(store, batch, buffer_rows=buffer, piece_rows=piece, lanes=4, workers=0)
+    epochs = 8
+    order = torch.cat([reader.next()[:, 0] for _ in range(epochs * rows // batch)]).double()
+    # means of batches, the first one of each buffer: their variance is that of the rows, over the rows of a batch and
+    # over the pieces of a buffer
+    firsts = order.reshape(-1, buffer)[:, :batch].mean(1)
+    spread = (rows**2 - 1) / 12
+    ratio = float((firsts - (rows - 1) / 2).square().mean() / (spread * (1 / batch + piece / buffer)))
+    assert abs(ratio - 1) < 5 * (2 / len(firsts)) ** 0.5
+    # where a row stands in its buffer does not tell its place in its piece: chi-squared of the 8 x 8 table
+    place = torch.arange(buffer).repeat(len(order) // buffer) * 8 // buffer
+    table = torch.bincount((order.long() % 1000 % piece) * 8 + place, minlength=64).reshape(8, 8).double()
+    expected = table.sum(1, keepdim=True) * table.sum(0) / table.sum()
+    chi = float(((table - expected).square() / expected).sum())
+    assert abs(chi - 49) < 5 * (2 * 49) ** 0.5
+    # nor does the place in the store tell the place in the epoch: pieces are the independent draws
+    position = torch.arange(rows).double().repeat(epochs)
+    correlation = float(torch.corrcoef(torch.stack([order, position]))[0, 1])
+    assert abs(correlation) < 5 / (epochs * rows / piece) ** 0.5
+    # neighbours of the store are no neighbours in the order: among 16384 per epoch, 2 in expectation by chance
+    assert int((order.diff().abs() == 1).sum()) < 100 * epochs
+
+
+def activations(d=8):
+    g = torch.Generator().manual_seed(3)
+    atoms = torch.nn.functional.normalize(torch.randn(16, d, generator=g), dim=1)
+    return (torch.rand(300, 16, generator=g) * (torch.rand(300, 16, generator=g) < 0.15)) @ atoms
+
+
+def trained(path, **options):
+    sae = TopKSAE(8, 32, 4, generator=torch.Generator().manual_seed(1), dead_after=100)
+    reader = ShuffledReader(ActivationStore.open(path), 32, buffer_rows=64, piece_rows=7, lanes=4, workers=1)
+    fit(sae, reader, steps=15, log_every=5, progress=False, **options)
+    return sae
+
+
+def test_training_from_a_store_resumes_bit_for_bit(tmp_path):
+    with RowWriter(tmp_path / "acts", 8, shard_rows=70) as writer:
+        writer.add(activations())
+
+    def kill(row):
+        if row["step"] == 10:
+            raise InterruptedError
+
+    whole = trained(tmp_path / "acts")
+    with pytest.raises(InterruptedError):
+        trained(tmp_path / "acts", checkpoint=tmp_path / "run", checkpoint_every=7, log=kill)
+    resumed = trained(tmp_path / "acts", checkpoint=tmp_path / "run", resume=True)
+    assert all(torch.equal(value, resumed.state_dict()[key]) for key, value in whole.state_dict().items())
+    with RowWriter(tmp_path / "other", 8, shard_rows=71) as writer:
+        writer.add(activations())
+    with pytest.raises(ValueError, match="source was 'store [0-9a-f]{12}, 300 rows"):
+        trained(tmp_path / "other", checkpoint=tmp_path / "run", resume=True)
+
+
+def _rank(rank, size, path):
+    sae = trained(f"{path}/acts", group=torch.distributed.group.WORLD)
+    if rank == 0:
+        torch.save(sae.state_dict(), f"{path}/found.pt")
+
+
+def test_two_processes_read_a_store_as_one(tmp_path):
+    with RowWriter(tmp_path / "acts", 8, shard_rows=70) as writer:
+        writer.add(activations())
+    run_ranks(2, tmp_path, _rank, str(tmp_path))
+    whole, found = trained(tmp_path / "acts").state_dict(), torch.load(tmp_path / "found.pt")
+    assert max((whole[key].double() - found[key].double()).abs().max().item() for key in whole) < 1e-5
+
+
+def test_wrong_inputs(store, tmp_path):
+    for name, value in (("batch_size", 0), ("lanes", 0), ("workers", -1), ("buffer_rows", 0), ("piece_rows", 1.5)):
+        least = 0 if name == "workers" else 1
+        with pytest.raises(ValueError, match=f"{name} must be an int of at least {least}, got {value}"):
+            ShuffledReader(store, **{"batch_size": 8, name: value})
+    with pytest.raises(ValueError, match="part 0 of 3: the number of parts must divide the 4 lanes"):
+        ShuffledReader(store, 8, lanes=4).split(0, 3)
+    with pytest.raises(ValueError, match="part 2 of 2"):
+        ShuffledReader(store, 8, lanes=4).split(2, 2)
+    with RowWriter(tmp_path / "none", 3):
+        pass
+    with pytest.raises(ValueError, match="the store is empty"):
+        ShuffledReader(ActivationStore.open(tmp_path / "none"), 8)
+    broken = write(tmp_path / "broken", 200, 50)
+    (tmp_path / "broken" / broken.shards[2].name).unlink()
+    with pytest.raises(FileNotFoundError):
+        drawn(ShuffledReader(broken, 200, workers=1), 1)
