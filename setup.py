@@ -99,7 +99,7 @@ class BuildNative(build_ext):
             return toolkit
         nvcc = toolkit / "bin" / "nvcc"
         known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout.split()
-        codes = [code for code in CUDA_CODES if f"sm_{code}" in known]
+        codes = [code for code in CUDA_CODES if f"sm_{code.rstrip('a')}" in known]
         targets = [f"-gencode=arch=compute_{code},code=sm_{code}" for code in codes]
         targets.append(f"-gencode=arch=compute_{codes[0]},code=compute_{codes[0]}")  # what later GPUs translate
         folder = Path(self.build_temp) / "cuda"

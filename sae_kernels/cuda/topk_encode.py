@@ -26,7 +26,7 @@ def topk_encode(
 
     Checked arguments of one dtype, float32 or narrower. trims: int32 [1], counts the rows (per chunk of latents) that
     brought more candidates than their buffer holds and were sorted early; only a measure of speed. Workspace: at most
-    tuning.SLAB_BYTES of products and 8 k bytes per row of them.
+    SlabPlan.nbytes of products and 8 k bytes per row of them.
     """
     values, indices = x.new_empty(x.shape[0], k), x.new_empty(x.shape[0], k, dtype=torch.int32)
     if x.shape[0] == 0:
@@ -44,7 +44,7 @@ def topk_encode(
 
 def _by_slabs(x, W, bias, k, activation, mask, values, indices, trims) -> None:
     d_sae = W.shape[0]
-    rows, columns = tuning.slab_shape(x.shape[0], d_sae)
+    rows, columns = tuning.slab_shape(x.shape[0], d_sae, x.element_size())
     space = x.new_empty(rows * columns, dtype=torch.float32)
     keys = x.new_empty(rows if columns < d_sae else 0, k, dtype=torch.int64)
     for top in range(0, x.shape[0], rows):
@@ -61,7 +61,8 @@ def _by_slabs(x, W, bias, k, activation, mask, values, indices, trims) -> None:
 def _by_sorting(x, W, bias, k, activation, mask, values, indices) -> None:
     """Any k: torch.topk over the distinct keys of as many whole rows as the workspace holds."""
     d_sae = W.shape[0]
-    rows = max(1, min(x.shape[0], tuning.SLAB_BYTES // (12 * d_sae)))
+    nbytes = tuning.slab_plan(x.element_size()).nbytes
+    rows = max(1, min(x.shape[0], tuning.whole(nbytes // (12 * d_sae))))
     space = x.new_empty(rows, d_sae, dtype=torch.float32)
     keys = x.new_empty(rows, d_sae, dtype=torch.int64)
     for top in range(0, x.shape[0], rows):
