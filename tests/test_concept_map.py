@@ -153,6 +153,13 @@ def test_concept_map_agrees_with_its_parts():
         assert [found.latents(name, 1, by) for name in found.names] == [[0], [1], [2], [3]]
     assert len(found.latents("art", 24)) == int((found.scores.together[0] >= 5).sum()) < 24
     assert len(found.latents("art", 24, "lens")) == 24
+    latents, worth = found.weights("art", 24)
+    assert latents == [f for f in found.latents("art", 24, "lens") if found.lens[0, f] > 0]
+    assert worth == found.lens[0, latents].tolist() and 0 < len(latents) < 24
+    assert found.weights("art", 2, "f1")[1] == found.scores.f1[0, found.latents("art", 2, "f1")].tolist()
+    found.lens[0] = -1
+    with pytest.raises(ValueError, match="no latent stands for 'art' by lens"):
+        found.weights("art")
 
 
 def test_concept_map_baselines_and_table():

@@ -11,6 +11,7 @@ from .concepts import (
     name_latents,
 )
 from .examples import Example, item_codes, item_embeddings, latent_examples
+from .explanations import Explanation, Reason, explain
 from .lens import lens_items, logit_lens
 from .selectivity import Selectivity, concept_selectivity, explained_share, latent_table, selectivity
 from .tags import TagTable, tag_table
@@ -20,7 +21,9 @@ __all__ = [
     "ConceptMap",
     "ConceptScores",
     "Example",
+    "Explanation",
     "Intervals",
+    "Reason",
     "Selectivity",
     "TagTable",
     "best_latents",
@@ -31,6 +34,7 @@ __all__ = [
     "concept_scores",
     "concept_selectivity",
     "concept_tfidf",
+    "explain",
     "explained_share",
     "item_codes",
     "item_embeddings",

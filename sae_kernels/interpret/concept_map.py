@@ -59,6 +59,20 @@ class ConceptMap:
         order = row.argsort(descending=True, stable=True)[:m]
         return order[row[order] > -torch.inf].tolist()
 
+    def weights(self, concept: str, m: int = 50, by: str = "lens") -> tuple[list[int], list[float]]:
+        """latents(concept, m, by) with what each is worth, for mix(latents, alpha, weights): those above 0 alone.
+
+        More latents with weights steer further at the same loss than a few alike. Raises ValueError where none is left.
+        """
+        row = self._measure(by)[self._place(concept)]
+        found = [(f, float(row[f])) for f in self.latents(concept, m, by) if row[f] > 0]
+        if not found:
+            raise ValueError(
+                f"weights: no latent stands for {concept!r} by {by} with at least {self.min_support} firings"
+            )
+        latents, worth = zip(*found, strict=True)
+        return list(latents), list(worth)
+
     def best(self, by: str = "auc") -> dict[str, tuple[int, float]]:
         """concept -> (latent, score) of its best latent with min_support firings on it; concepts without one absent."""
         score, latent = best_scores(self.scores, by, self.min_support)

@@ -15,12 +15,18 @@ MOST = 1e4  # the bonus of re-ranking at strength 1, in standard deviations of t
 
 
 def latent_lists(
-    ranker: SteeredRanker, users: Users, goals: Goals, latents: Mapping[int, Latents] | Sequence[Latents], k: int = 20
+    ranker: SteeredRanker,
+    users: Users,
+    goals: Goals,
+    latents: Mapping[int, Latents] | Sequence[Latents],
+    k: int = 20,
+    weights: Mapping[int, Sequence[float]] | Sequence[Sequence[float]] | None = None,
 ) -> Lists:
-    """mix(latents of the user's concept, strength); latents: by the concept's place in goals.names."""
+    """mix(latents of the user's concept, strength, weights); both by the concept's place in goals.names."""
 
     def one(part: Users, concept: int, strength: float) -> Tensor:
-        return ranker.rank(part, k, mix(latents[concept], strength))[0]
+        worth = None if weights is None else weights[concept]
+        return ranker.rank(part, k, mix(latents[concept], strength, worth))[0]
 
     return _by_goal(users, goals, k, one)
 
