@@ -14,10 +14,6 @@ namespace sae_kernels {
 constexpr int kWarp = 32;
 constexpr unsigned kAllLanes = 0xffffffffu;
 
-template <class T> struct AccOf { using type = float; };
-template <> struct AccOf<double> { using type = double; };
-template <class T> using Acc = typename AccOf<T>::type;
-
 __device__ __forceinline__ float to_acc(float x) { return x; }
 __device__ __forceinline__ double to_acc(double x) { return x; }
 __device__ __forceinline__ float to_acc(bf16 x) { return __uint_as_float(uint32_t(x.bits) << 16); }

@@ -57,7 +57,7 @@ __device__ __forceinline__ void write_run(const SumArgs<T, I>& a, const Run<T, V
   }
 }
 
-template <class T, class I, int V> __global__ void __launch_bounds__(kDecodeThreads) sum_runs(SumArgs<T, I> a) {
+template <class T, class I, int V> __global__ void __launch_bounds__(kDecodeThreads, 4) sum_runs(SumArgs<T, I> a) {
   using A = Acc<T>;
   constexpr int kAhead = 4;  // rows in flight
   const int64_t number = int64_t(blockIdx.x) * (kDecodeThreads / a.lanes) + threadIdx.x / a.lanes;
