@@ -24,8 +24,8 @@ def list_figures(
     the item; embeddings [n_items, d]: for diversity, absent without.
 
     ndcg, recall: against the targets; segment_ndcg, segment_recall: against all unseen items of the segment, dividing
-    by min(k, n_wanted), NaN without one; concept_share: of the listed items; novelty: mean -log2 of the share of users
-    who have the item (both counts plus one); diversity: mean of 1 - cosine over pairs of listed items.
+    by min(k, n_wanted), NaN without one; concept_share: of the listed items; novelty: mean -log2 of an item's
+    popularity over that of the most popular one (both plus one); diversity: mean of 1 - cosine over pairs of the list.
     """
     k, listed = top.shape[1], top >= 0
     personal = metrics_at_k(top, targets)

@@ -65,7 +65,8 @@ class ConceptMap:
         More latents with weights steer further at the same loss than a few alike. Raises ValueError where none is left.
         """
         row = self._measure(by)[self._place(concept)]
-        found = [(f, float(row[f])) for f in self.latents(concept, m, by) if row[f] > 0]
+        chosen = self.latents(concept, min(m, len(row)), by)
+        found = [(f, float(row[f])) for f in chosen if row[f] > 0]
         if not found:
             raise ValueError(
                 f"weights: no latent stands for {concept!r} by {by} with at least {self.min_support} firings"
