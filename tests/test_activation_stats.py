@@ -308,6 +308,8 @@ def test_bad_input_changes_nothing(change, error, match):
         ({"cooccurrence": torch.tensor([1, 1])}, ValueError, "cooccurrence must hold distinct latents"),
         ({"cooccurrence": torch.tensor([D])}, ValueError, r"distinct latents in \[0, 37\)"),
         ({"cooccurrence": torch.tensor([0.5])}, TypeError, "cooccurrence must be bool or an int32"),
+        ({"cooccurrence": True, "d_sae": 30_000}, ValueError, "7.2 GB, more than the 4.3 GB .* at most 23170 latents"),
+        ({"cooccurrence": torch.arange(30_000), "d_sae": 99_999}, ValueError, "among 30000 latents takes 7.2 GB"),
     ],
 )
 def test_bad_settings(settings, error, match):

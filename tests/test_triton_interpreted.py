@@ -22,7 +22,7 @@ def run(*args, **environment):
 
 
 @needs_triton
-@pytest.mark.parametrize("name", ["topk_encode", "sparse_decode"])
+@pytest.mark.parametrize("name", ["topk_encode", "sparse_decode", "activation_stats"])
 def test_kernels_in_the_interpreter(name):
     code, out = run("-m", "pytest", "-q", "-x", str(HERE / f"test_triton_{name}.py"), TRITON_INTERPRET="1")
     assert code == 0 and " passed" in out and "skipped" not in out, out

@@ -18,7 +18,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from sae_kernels.kernels import latent_sums, sparse_decode, topk_encode_fused, topk_select, tuning  # noqa: E402
+from sae_kernels.kernels import activation_stats, latent_sums, sparse_decode, topk_encode_fused, topk_select, tuning  # noqa: E402
 
 ARCHS = (80, 90, 100)
 TABLE = Path(__file__).with_suffix(".csv")
@@ -30,6 +30,9 @@ TYPES |= {"groups": "*fp32", "names": "*i32", "fills": "*i32"}
 TYPES |= dict.fromkeys(("order", "starts", "first_chunk", "chunks", "first_slot", "latent_of"), "*i64")
 ROW_LENGTHS = ("d_in", "d_out", "d")
 WIDE = {"fp64": "fp64"}
+# the statistics count in 64 bits what the selection counts in 32
+OF_STATS = dict.fromkeys(("counts", "sums", "last", "rejected", "foreign", "numbers", "table", "position"), "*i64")
+OF_STATS |= {"maximum": "*fp64", "top_values": "*fp64", "top_ids": "*i64", "ids": "*i64", "keys": "*i32"}
 DATA = ("x", "W", "bias", "values", "out", "grad", "rows_of", "weights", "sums", "totals", "dots")
 
 
@@ -51,6 +54,7 @@ def kernels():
             yield topk_select.rank, "bf16", final, plan.warps, 3
             yield topk_select.rank, "bf16", {**final, "FINAL": False, "values": None, "indices": None}, plan.warps, 3
     yield from fused_kernels()
+    yield from stats_kernels()
     select = {"ACTIVATION": topk_select.ABS, "HAS_BIAS": True, "HAS_MASK": True, "P": 1024}
     yield topk_select.write_keys, "bf16", select, 4, 3
     yield topk_select.write_codes, "bf16", {"ACTIVATION": topk_select.ABS, "P": 1024}, 4, 3
@@ -96,6 +100,18 @@ def fused_kernels():
                 yield topk_encode_fused.rescan_product, dtype, narrow, plan.rescan_warps, 3
 
 
+def stats_kernels():
+    block = {"BLOCK": activation_stats.BLOCK}
+    for dtype in ("fp32", "bf16", "fp64"):
+        yield activation_stats.add_entries, dtype, {**block, "HAS_NUMBERS": True}, 4, 3
+    yield activation_stats.carry_limbs, "fp32", block, 4, 3
+    yield activation_stats.count_bins, "bf16", block, 4, 3
+    yield activation_stats.count_pairs, "bf16", {"HAS_POSITION": True, "A": 16, "B": 32}, 4, 3
+    yield activation_stats.mark_candidates, "bf16", block, 4, 3
+    for size in (1, 16, activation_stats.LARGEST_TOP):
+        yield activation_stats.merge_candidates, "bf16", {"NP": size, "CHUNK": activation_stats.CHUNK}, 4, 3
+
+
 def configuration(kernel, dtype: str, constants: dict, warps: int, stages: int) -> str:
     shown = ((n, getattr(v, "name", v)) for n, v in constants.items())
     return " ".join([dtype, *(f"{n}={v}" for n, v in shown), f"warps={warps}", f"stages={stages}"])
@@ -103,7 +119,7 @@ def configuration(kernel, dtype: str, constants: dict, warps: int, stages: int) 
 
 def compiled(kernel, dtype: str, constants: dict, warps: int, stages: int, arch: int) -> dict[str, int]:
     """Compiles one configuration; pointers and the row length are multiples of 16, as they mostly are."""
-    known = types(dtype)
+    known = types(dtype) | (OF_STATS if kernel.__module__.endswith("activation_stats") else {})
     signature = {n: "constexpr" if n in constants else known.get(n, "i32") for n in kernel.arg_names}
     aligned = {
         (i,): [["tt.divisibility", 16]]
@@ -112,6 +128,8 @@ def compiled(kernel, dtype: str, constants: dict, warps: int, stages: int, arch:
     }
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
     options = {"num_warps": warps, "num_stages": stages}
+    if kernel is activation_stats.add_entries:
+        options["enable_fp_fusion"] = False
     if kernel is topk_encode_fused.rescan_product:
         options["maxnreg"] = tuning.RESCAN_REGISTERS
     built = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)

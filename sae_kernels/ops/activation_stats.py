@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from . import _checks, reference_stats
+from . import _checks, _stats_settings, _stats_triton, reference_stats
 from ._backend import pick
 
 _lib = torch.library.Library("sae_kernels", "FRAGMENT")
@@ -33,8 +33,8 @@ class ActivationStats:
     d_sae: number of latents. histogram: True, or (low, high, per_octave): bins of |value| from 2^low to 2^high,
     per_octave (a power of two) equal bins to each doubling; True is (-20, 12, 8). top: keep the n largest values of
     each latent with their ids. cooccurrence: True for all latents (8 d_sae^2 bytes), or a 1-d integer tensor of the
-    latents to count among. first_row: number of the first row; give shards of one stream their place in it. device:
-    where the state lives.
+    latents to count among; a table of more than 4 GiB is refused. first_row: number of the first row; give shards of
+    one stream their place in it. device: where the state lives.
 
     A firing is an entry whose value is not 0. NaN, Inf and magnitudes of 2^22 or more are counted in `rejected` and
     nowhere else. Sums are exact: each value and its square is rounded once to a multiple of 2^-64 and added as
@@ -44,6 +44,9 @@ class ActivationStats:
     Rows are numbered as they come, masked rows not counted: the ids that `top` keeps where none are given, and what
     `last_fired` holds. Merging takes the larger `last_fired` and `next_row`; shards that all number from 0 therefore
     keep the position within their own stream.
+
+    On a GPU `update` does not wait for the device, so what it cannot know yet shows later: an index out of range counts
+    nowhere, and the next reading of a result raises the ValueError.
     """
 
     def __init__(
@@ -60,20 +63,23 @@ class ActivationStats:
         _checks.integer(op, "d_sae", d_sae, 1, 2**31 - 1)
         _checks.integer(op, "top", top, 0, 2**20)
         _checks.integer(op, "first_row", first_row, 0, 2**62)
-        self.d_sae, self.rows, self.next_row = d_sae, 0, first_row
+        self.d_sae, self._rows, self._next_row = d_sae, 0, first_row
 
         def full(*shape: int, value: float = 0, dtype: torch.dtype = torch.int64) -> Tensor:
             return torch.full(shape, value, dtype=dtype, device=device)
 
         self.counts, self.rejected, self.last_fired = full(d_sae), full(d_sae), full(d_sae, value=-1)
         self._sums = full(d_sae, 2, 4)
+        # what the device alone knows yet: rows of masked batches, entries whose index was out of range
+        self._pending, self._masked, self._unread = full(2), False, False
         self._max = full(d_sae, value=-torch.inf, dtype=torch.float64)
-        self._bins = _bins(histogram)
+        self._bins = _stats_settings.bins(histogram)
         self.histogram = None if self._bins is None else full(d_sae, self.bin_edges.shape[0] + 1)
         self.top_values = full(d_sae, top, value=-torch.inf, dtype=torch.float64) if top else None
         self.top_ids = full(d_sae, top, value=-1) if top else None
-        self.cooccurrence_latents = _subset(cooccurrence, d_sae, self.counts.device)
+        self.cooccurrence_latents = _stats_settings.subset(cooccurrence, d_sae, self.counts.device)
         self._position = self.cooccurrence = None
+        _stats_settings.check_table(d_sae if cooccurrence is True else self.cooccurrence_latents)
         if cooccurrence is True:
             self.cooccurrence = full(d_sae, d_sae)
         elif self.cooccurrence_latents is not None:
@@ -88,11 +94,15 @@ class ActivationStats:
 
         values [..., k] floating; indices [..., k] int32 or int64 in [0, d_sae); ids [...] int32 or int64, the names
         of the rows that `top` keeps (their numbers where None); mask [...] bool, False for rows that count nowhere.
-        Raises TypeError or ValueError that names the argument, before anything is changed.
+        Raises TypeError or ValueError that names the argument, before anything is changed; so does torch where memory
+        runs out.
         """
         self._check(values, indices, ids, mask)
         shape, k = values.shape[:-1], values.shape[-1]
         values, indices = values.reshape(shape.numel(), k), indices.reshape(shape.numel(), k)
+        if pick(values.device) == "triton":
+            self._run_triton(values, indices, ids, mask)
+            return
         if mask is not None:
             keep = mask.reshape(-1)
             values, indices = values[keep], indices[keep]
@@ -101,11 +111,10 @@ class ActivationStats:
         if values.dtype in (torch.bfloat16, torch.float16):
             values = values.float()
         self._run(values.contiguous(), indices.contiguous(), ids)
-        self.rows += values.shape[0]
-        self.next_row += values.shape[0]
+        self._rows, self._next_row = self.rows + values.shape[0], self.next_row + values.shape[0]
 
     def _run(self, values: Tensor, indices: Tensor, ids: Tensor | None) -> None:
-        native = pick(values.device) == "cpu"  # no other backend has kernels for it yet
+        native = pick(values.device) == "cpu"
 
         def kernel(name: str):
             if native:
@@ -124,6 +133,63 @@ class ActivationStats:
             kernel("top")(values, indices, ids.reshape(-1).long().contiguous(), self.top_values, self.top_ids)
         if self.cooccurrence is not None:
             kernel("cooccurrence")(values, indices, self._position, self.cooccurrence)
+
+    def _run_triton(self, values: Tensor, indices: Tensor, ids: Tensor | None, mask: Tensor | None) -> None:
+        """Nothing here waits for the device, and no memory is asked for after the state has begun to change."""
+        rows, numbers, seen = values.shape[0], None, None
+        if mask is not None:
+            keep = mask.reshape(-1)
+            values, indices = torch.where(keep[:, None], values, 0), torch.where(keep[:, None], indices, 0)
+            numbers = keep.cumsum(0) + (self._pending[0] + (self._next_row - 1))
+            seen = keep.sum()
+        elif self._masked:
+            numbers = torch.arange(self._next_row, self._next_row + rows, device=values.device) + self._pending[0]
+        values, indices = values.contiguous(), indices.contiguous()
+        if self.top_values is not None:
+            if ids is None:
+                ids = numbers
+            if ids is None:
+                ids = torch.arange(self._next_row, self._next_row + rows, device=values.device)
+            _stats_triton.top(values, indices, ids.reshape(-1).long().contiguous(), self.top_values, self.top_ids)
+        state = (self.counts, self._sums, self._max, self.last_fired, self.rejected, self._pending[1:])
+        _stats_triton.update(values, indices, *state, self._next_row, numbers)
+        if self.histogram is not None:
+            low, _, per_octave = self._bins
+            _stats_triton.histogram(values, indices, self.histogram, low, per_octave.bit_length() - 1)
+        if self.cooccurrence is not None:
+            _stats_triton.cooccurrence(values, indices, self._position, self.cooccurrence)
+        self._unread = True
+        if seen is None:
+            self._rows, self._next_row = self._rows + rows, self._next_row + rows
+        else:
+            self._masked = True
+            self._pending[:1] += seen
+
+    def _read(self) -> None:
+        """Waits for the device, where it knows more: rows of masked batches, indices that were out of range."""
+        if not self._unread:
+            return
+        rows, foreign = self._pending.tolist()
+        self._pending.zero_()
+        self._masked = self._unread = False
+        self._rows, self._next_row = self._rows + rows, self._next_row + rows
+        if foreign:
+            raise ValueError(
+                f"ActivationStats.update: indices must be in [0, d_sae = {self.d_sae}); {foreign} entries of the "
+                "batches so far were not, and count nowhere"
+            )
+
+    @property
+    def rows(self) -> int:
+        """Rows seen, without masked ones."""
+        self._read()
+        return self._rows
+
+    @property
+    def next_row(self) -> int:
+        """Number of the next row."""
+        self._read()
+        return self._next_row
 
     def _check(self, values: Tensor, indices: Tensor, ids: Tensor | None, mask: Tensor | None) -> None:
         op = "ActivationStats.update"
@@ -160,11 +226,13 @@ class ActivationStats:
     @property
     def sum(self) -> Tensor:
         """[d_sae] float64: sum of the values, exact to 2^-65 per entry before this last rounding."""
+        self._read()
         return reference_stats.to_float(self._sums[:, 0])
 
     @property
     def sum_sq(self) -> Tensor:
         """[d_sae] float64: sum of the squared values."""
+        self._read()
         return reference_stats.to_float(self._sums[:, 1])
 
     @property
@@ -175,6 +243,7 @@ class ActivationStats:
     @property
     def max(self) -> Tensor:
         """[d_sae] float64: largest value among the firings; 0 where there is none."""
+        self._read()
         return torch.where(self.counts > 0, self._max, 0.0)
 
     @property
@@ -185,6 +254,7 @@ class ActivationStats:
     @property
     def dead_share(self) -> float:
         """Share of all d_sae latents that never fired."""
+        self._read()
         return float((self.counts == 0).double().mean())
 
     @property
@@ -204,6 +274,7 @@ class ActivationStats:
         always hit, so the error is at most 1 / per_octave of the value, inside the range of the histogram; beyond it
         the nearest end is given (0 to 2^low below). Raises ValueError without a histogram or for q outside [0, 1].
         """
+        self._read()
         device = self.counts.device
         edges = self.bin_edges.to(device)
         q = torch.as_tensor(q, dtype=torch.float64, device=device)
@@ -243,7 +314,7 @@ class ActivationStats:
             torch.maximum(mine, getattr(other, name).to(mine.device), out=mine)
         if self.top_values is not None:
             self._merge_top(other.top_values.to(self.counts.device), other.top_ids.to(self.counts.device))
-        self.rows, self.next_row = self.rows + other.rows, max(self.next_row, other.next_row)
+        self._rows, self._next_row = self.rows + other.rows, max(self.next_row, other.next_row)
         return self
 
     def _merge_top(self, values: Tensor, ids: Tensor) -> None:
@@ -270,7 +341,7 @@ class ActivationStats:
         next_row = torch.tensor([self.next_row], device=self.counts.device)
         for t in (self.last_fired, self._max, next_row):
             dist.all_reduce(t, op=dist.ReduceOp.MAX)
-        self.rows, self.next_row = int(rows), int(next_row)
+        self._rows, self._next_row = int(rows), int(next_row)
         if top is not None:
             gathered = [[torch.empty_like(t) for _ in range(dist.get_world_size())] for t in top]
             for t, parts in zip(top, gathered, strict=True):
@@ -299,7 +370,8 @@ class ActivationStats:
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Takes over a state saved with the same settings; ValueError names what does not fit, changing nothing."""
         self._check_same(state, "load_state_dict: state")
-        self.rows, self.next_row = (int(x) for x in state["rows"])
+        self._read()
+        self._rows, self._next_row = (int(x) for x in state["rows"])
         for name, mine in self.state_dict().items():
             if name not in ("rows", "bins"):
                 mine.copy_(state[name])
@@ -315,29 +387,3 @@ class ActivationStats:
                 raise ValueError(f"{what}: {name} must be {t.dtype} {tuple(t.shape)}, got {came}")
             if name in ("bins", "cooccurrence_latents") and not torch.equal(t.cpu(), state[name].cpu()):
                 raise ValueError(f"{what}: {name} must be {t.tolist()}, got {state[name].tolist()}")
-
-
-def _bins(histogram: bool | tuple[int, int, int]) -> tuple[int, int, int] | None:
-    if histogram is False:
-        return None
-    low, high, per_octave = (-20, 12, 8) if histogram is True else histogram
-    op = "ActivationStats: histogram"
-    _checks.integer(op, "low", low, -1000, 22)
-    _checks.integer(op, "high", high, low + 1, 23)
-    _checks.integer(op, "per_octave", per_octave, 1, 2**20)
-    if per_octave & (per_octave - 1):
-        raise ValueError(f"{op}: per_octave must be a power of two, got {per_octave}")
-    return low, high, per_octave
-
-
-def _subset(cooccurrence: bool | Tensor, d_sae: int, device: torch.device) -> Tensor | None:
-    if isinstance(cooccurrence, bool):
-        return None
-    op = "ActivationStats"
-    _checks.tensor(op, "cooccurrence", cooccurrence, 1)
-    if cooccurrence.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"{op}: cooccurrence must be bool or an int32 or int64 tensor, got {cooccurrence.dtype}")
-    latents = cooccurrence.to(device=device, dtype=torch.int64, copy=True)
-    if latents.numel() and (latents.min() < 0 or latents.max() >= d_sae or latents.unique().numel() != latents.numel()):
-        raise ValueError(f"{op}: cooccurrence must hold distinct latents in [0, {d_sae}), got {latents.tolist()[:20]}")
-    return latents

@@ -53,8 +53,12 @@ def update(
     last: Tensor,
     rejected: Tensor,
     row: int,
+    numbers: Tensor | None = None,
 ) -> None:
-    """counts, last, rejected [d_sae] int64; sums [d_sae, 2, 4] int64; maximum [d_sae] float64; row: of values[0]."""
+    """counts, last, rejected [d_sae] int64; sums [d_sae, 2, 4] int64; maximum [d_sae] float64; row: of values[0].
+
+    numbers [N] int64: of the rows, where they do not count up from `row`.
+    """
     d_sae, k = counts.shape[0], values.shape[1]
     fire = fired(values)
     rejected += torch.bincount(indices[(values != 0) & ~fire], minlength=d_sae)
@@ -64,8 +68,9 @@ def update(
     sums[:, 1].index_add_(0, where, _limbs(x * x))
     carry(sums)
     maximum.scatter_reduce_(0, where, x, "amax")
-    rows = torch.arange(row, row + values.shape[0], device=values.device).unsqueeze(1).expand(-1, k)
-    last.scatter_reduce_(0, where, rows[fire], "amax")
+    if numbers is None:
+        numbers = torch.arange(row, row + values.shape[0], device=values.device)
+    last.scatter_reduce_(0, where, numbers.unsqueeze(1).expand(-1, k)[fire], "amax")
 
 
 def histogram(values: Tensor, indices: Tensor, table: Tensor, low: int, bits: int) -> None:

@@ -1,0 +1,58 @@
+"""The Triton kernels of ActivationStats; plain torch in the place of each once Triton has failed to build one."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from . import reference_stats
+from ._backend import triton_or
+
+
+def _known(values: Tensor, indices: Tensor, d_sae: int) -> tuple[Tensor, Tensor, Tensor]:
+    """values and indices, 0 where an index is out of range, and where it is not."""
+    known = (indices >= 0) & (indices < d_sae)
+    return torch.where(known, values, 0), torch.where(known, indices, 0), known
+
+
+def _plain_update(values, indices, counts, sums, maximum, last, rejected, foreign, row, numbers) -> None:
+    values, indices, known = _known(values, indices, counts.shape[0])
+    foreign += (~known).sum()
+    reference_stats.update(values, indices, counts, sums, maximum, last, rejected, row, numbers)
+
+
+def _plain_histogram(values, indices, table, low, bits) -> None:
+    reference_stats.histogram(*_known(values, indices, table.shape[0])[:2], table, low, bits)
+
+
+def _plain_top(values, indices, ids, top_values, top_ids) -> None:
+    reference_stats.top(*_known(values, indices, top_values.shape[0])[:2], ids, top_values, top_ids)
+
+
+def _plain_cooccurrence(values, indices, position, table) -> None:
+    d_sae = table.shape[0] if position is None else position.shape[0]
+    reference_stats.cooccurrence(*_known(values, indices, d_sae)[:2], position, table)
+
+
+def _kernel(name: str) -> Callable[..., None]:
+    def run(values: Tensor, *args) -> None:
+        from ..kernels import activation_stats
+
+        getattr(activation_stats, name)(values, *args)
+
+    run.__name__ = f"activation_stats_{name}"
+    return run
+
+
+def _top(values: Tensor, indices: Tensor, ids: Tensor, top_values: Tensor, top_ids: Tensor) -> None:
+    from ..kernels import activation_stats
+
+    kept = top_values.shape[1]
+    run = activation_stats.top if kept <= activation_stats.LARGEST_TOP else _plain_top
+    run(values, indices, ids, top_values, top_ids)
+
+
+update = triton_or(_kernel("update"), _plain_update)
+histogram = triton_or(_kernel("histogram"), _plain_histogram)
+top = triton_or(_top, _plain_top)
+cooccurrence = triton_or(_kernel("cooccurrence"), _plain_cooccurrence)
