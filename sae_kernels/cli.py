@@ -6,7 +6,7 @@ import sys
 import warnings
 from pathlib import Path
 
-from . import __version__, cli_extract
+from . import __version__, cli_extract, cli_train
 
 EXAMPLES = """examples:
   sae-kernels demo                                        simulated data, no network: a minute or two
@@ -17,11 +17,6 @@ EXAMPLES = """examples:
   sae-kernels eval runs/sae held_out.npy                  FVU, cosine, L0, dead share
   sae-kernels bench                                       these kernels against plain torch, in two minutes
   sae-kernels info                                        what runs here, and why not
-"""
-TRAIN_EXAMPLES = """examples:
-  sae-kernels train acts.npy --out runs/sae                          [rows, d_in] float array
-  sae-kernels train acts.npz --key hidden --out runs/sae --k 64      one array of several
-  sae-kernels train acts.safetensors --out runs/sae --resume         goes on after Ctrl-C, bit for bit
 """
 EVAL_EXAMPLES = """examples:
   sae-kernels eval runs/sae held_out.npy
@@ -43,7 +38,6 @@ BENCH_EXAMPLES = """examples:
   sae-kernels bench --op encode --base HEAD~1              this code beside another commit's
   sae-kernels bench --list                                 cases, ops and providers by name
 """
-NORMALIZERS = ("none", "standardize", "l2", "layer_norm", "global")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -98,7 +92,8 @@ def _parser() -> _Parser:
     _add_demo(commands)
     extract = "a model's activations into a store that a crash cannot spoil"
     cli_extract.add_arguments(_add(commands, "extract", cli_extract.run, extract, cli_extract.EXAMPLES))
-    _add_train(commands)
+    train = "train TopK SAEs on a file or a store of activations"
+    cli_train.add_arguments(_add(commands, "train", cli_train.run, train, cli_train.EXAMPLES))
     _add_eval(commands)
     _add_bench(commands)
     info = _add(commands, "info", _info, "versions, devices, the native library, the backend", None)
@@ -144,33 +139,13 @@ def _add_demo(commands) -> None:
     sae.add_argument("--width", type=int, help="latents per dimension of the embedding (8; simulated: 4)")
     sae.add_argument("--k", type=int, help="active latents per row (32; simulated: 16)")
     sae.add_argument("--steps", type=int, help="training steps of 1,024 rows (6000; simulated: 2000)")
-    sae.add_argument("--normalize", choices=NORMALIZERS, default="standardize", help="input normaliser (standardize)")
+    sae.add_argument(
+        "--normalize", choices=cli_train.NORMALIZERS, default="standardize", help="input normaliser (standardize)"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, metavar="DIR", help="where the run is written (runs/demo-<model>)")
     parser.add_argument("--resume", action="store_true", help="go on with the interrupted run in --out")
     parser.add_argument("--quiet", action="store_true", help="no progress bars and tables")
-
-
-def _add_train(commands) -> None:
-    parser = _add(commands, "train", _train, "train a TopK SAE on a file of activations", TRAIN_EXAMPLES)
-    parser.add_argument("activations", type=Path, help=".npy, .npz, .safetensors or .pt with [rows, d_in] floats")
-    parser.add_argument("--key", help="which array of a file with several")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the checkpoint's folder")
-    parser.add_argument("--width", type=int, default=8, help="latents per input dimension (8)")
-    parser.add_argument("--k", type=int, default=32, help="active latents per row (32)")
-    parser.add_argument(
-        "--normalize", choices=NORMALIZERS, default="standardize", help="input normaliser (standardize)"
-    )
-    parser.add_argument("--steps", type=int, default=5000)
-    parser.add_argument("--batch-size", type=int, default=1024)
-    parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument(
-        "--held-out", type=float, default=0.05, help="share of rows kept away for the final figures (0.05)"
-    )
-    parser.add_argument("--checkpoint-every", type=int, default=1000, metavar="STEPS")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
-    parser.add_argument("--quiet", action="store_true", help="no progress bar")
 
 
 def _add_eval(commands) -> None:
@@ -213,44 +188,6 @@ def _demo(options: argparse.Namespace) -> int:
     return 0
 
 
-def _train(options: argparse.Namespace) -> int:
-    import torch
-
-    from .eval.reconstruction import evaluate_reconstruction
-    from .nn.sae import TopKSAE
-    from .train import fit
-    from .train.activations import load_activations
-
-    x = load_activations(options.activations, options.key)
-    if not 0 <= options.held_out < 1:
-        raise ValueError(f"--held-out must be in [0, 1), got {options.held_out}")
-    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(options.seed))
-    kept = round(options.held_out * len(x))
-    held_out, rows = x[order[:kept]], x[order[kept:]]
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(options.seed)
-        sae = TopKSAE(x.shape[1], options.width * x.shape[1], options.k, normalize=options.normalize)
-    if options.normalize == "global":
-        sae.fit_normalizer(rows)
-    result = fit(
-        sae,
-        rows,
-        steps=options.steps,
-        batch_size=options.batch_size,
-        lr=options.lr,
-        seed=options.seed,
-        progress=not options.quiet,
-        checkpoint=options.out,
-        checkpoint_every=options.checkpoint_every,
-        resume=options.resume,
-    )
-    figures = evaluate_reconstruction(sae, held_out if kept else rows)
-    if not options.quiet:
-        print(f"{result.steps} steps in {result.seconds:.1f} s, checkpoint in {options.out}")
-        print(f"on {figures['rows']:,} {'held-out' if kept else 'training'} rows:\n{_table(figures)}")
-    return 0
-
-
 def _eval(options: argparse.Namespace) -> int:
     from .eval.reconstruction import evaluate_reconstruction
     from .train import load_sae
@@ -259,7 +196,7 @@ def _eval(options: argparse.Namespace) -> int:
     figures = evaluate_reconstruction(load_sae(options.checkpoint), load_activations(options.activations, options.key))
     if options.json is not None:
         options.json.write_text(json.dumps(figures, indent=2) + "\n")
-    print(json.dumps(figures) if options.quiet else _table(figures))
+    print(json.dumps(figures) if options.quiet else cli_train.table(figures))
     return 0
 
 
@@ -267,10 +204,6 @@ def _bench(options: argparse.Namespace) -> int:
     from .bench.runner import main as run_bench
 
     return run_bench(options)
-
-
-def _table(figures: dict[str, float]) -> str:
-    return "\n".join(f"  {name:<12}{value:>12,.5g}" for name, value in figures.items())
 
 
 def _info(options: argparse.Namespace) -> int:

@@ -14,6 +14,7 @@ import torch
 from sae_kernels import _native, cli
 from sae_kernels._info import format_info, info
 from sae_kernels.data import simulate
+from sae_kernels.data.store import RowWriter
 from sae_kernels.eval.reconstruction import evaluate_reconstruction
 from sae_kernels.experiments import demo, stages
 from sae_kernels.ops import backend
@@ -91,6 +92,40 @@ def test_seed_and_normaliser_change_the_weights(tmp_path, acts):
         assert cli.main(["train", str(acts), "--out", str(tmp_path / str(place)), *SMALL, *extra]) == 0
         weights.append(load_sae(tmp_path / str(place)).W_enc)
     assert all(not torch.equal(weights[0], other) for other in weights[1:])
+
+
+def test_train_a_grid_from_a_store(tmp_path, capsys):
+    with RowWriter(tmp_path / "acts", 8, shard_rows=100) as writer:
+        writer.add(torch.randn(400, 8, generator=torch.Generator().manual_seed(0)))
+    command = ["train", str(tmp_path / "acts"), "--steps", "20", "--batch-size", "32", "--buffer-rows", "128"]
+    grid = ["--grid", "k=2,4", "width=4", "lr=1e-3,1e-2"]
+    assert cli.main([*command, *grid, "--out", str(tmp_path / "grid")]) == 0
+    shown = capsys.readouterr().out
+    names = [f"k{k}-width4-lr{lr}" for k in (2, 4) for lr in ("1e-3", "1e-2")]
+    assert all(name in shown for name in names) and "on 400 training rows" in shown
+    assert [load_sae(tmp_path / "grid" / name).k for name in names] == [2, 2, 4, 4]
+    alone = ["--k", "4", "--width", "4", "--lr", "1e-2", "--quiet"]
+    assert cli.main([*command, *alone, "--out", str(tmp_path / "alone")]) == 0
+    member = load_sae(tmp_path / "grid" / names[3]).state_dict()
+    assert all(torch.equal(value, member[key]) for key, value in load_sae(tmp_path / "alone").state_dict().items())
+    half = ["--k", "4", "--width", "4", "--lr", "1e-2", "--quiet", "--bf16"]
+    assert cli.main([*command, *half, "--out", str(tmp_path / "half")]) == 0
+    found = load_sae(tmp_path / "half").W_enc
+    assert found.dtype == torch.float32 and not torch.equal(found, member["W_enc"])
+
+
+def test_mistakes_in_training_from_a_store_or_a_grid(tmp_path, acts, capsys):
+    with RowWriter(tmp_path / "store", 8) as writer:
+        writer.add(torch.randn(40, 8))
+    out = ["--out", tmp_path / "sae"]
+    assert "no activation store there" in refused(capsys, "train", tmp_path, *out)
+    assert "--held-out is for files" in refused(capsys, "train", tmp_path / "store", *out, "--held-out", "0.1")
+    assert "--buffer-rows is for stores" in refused(capsys, "train", acts, *out, "--buffer-rows", "9")
+    assert "got 'depth=3'" in refused(capsys, "train", acts, *out, "--grid", "depth=3")
+    assert "k takes ints, got '1,x'" in refused(capsys, "train", acts, *out, "--grid", "k=1,x")
+    assert "--shard-latents 2 must divide the number of processes, 1" in refused(
+        capsys, "train", acts, *out, "--shard-latents", "2"
+    )
 
 
 def test_ctrl_c_and_resume(tmp_path, acts):

@@ -3,6 +3,8 @@
 import os
 import shutil
 import signal
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -10,8 +12,9 @@ import torch.distributed as dist
 from ranks import run_ranks
 from torch.nn.functional import normalize
 
+from sae_kernels import cli
 from sae_kernels.nn.sae import TopKSAE
-from sae_kernels.train import Interrupted, fit
+from sae_kernels.train import Interrupted, fit, load_sae
 
 D_IN, D_SAE, K = 8, 32, 4
 SETTINGS = {"steps": 12, "batch_size": 64, "log_every": 3, "progress": False, "lr": 3e-3}
@@ -151,3 +154,22 @@ def _refused(rank, size):
 
 def test_bad_settings_of_several_processes(tmp_path):
     run_ranks(2, tmp_path, _refused)
+
+
+def test_torchrun_trains_as_one_process_does(tmp_path, capsys):
+    """Four processes, two copies of latents spread over two."""
+    torch.save(activations(), tmp_path / "acts.pt")
+    train = f"train {tmp_path}/acts.pt --width 4 --k 4 --steps 20 --batch-size 64 --normalize global"
+    assert cli.main([*train.split(), "--out", str(tmp_path / "one")]) == 0
+    ranks = f"-m torch.distributed.run --standalone --nproc-per-node 4 -m sae_kernels {train} --shard-latents 2"
+    done = subprocess.run(
+        [sys.executable, *ranks.split(), "--out", str(tmp_path / "four")],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    for shown in (done.stdout, capsys.readouterr().out):
+        assert shown.count("20 steps in") == 1 and "on 15 held-out rows" in shown
+    one, four = (load_sae(tmp_path / name).state_dict() for name in ("one", "four"))
+    assert largest_difference(one, four) < 1e-5
