@@ -172,6 +172,53 @@ def test_targets_are_judged():
     assert "none measured yet" in targets.report([])
 
 
+def fake_subject(monkeypatch, tuner, seconds):
+    """A call that takes seconds(fields of its plan) and computes the same whatever they are, unless BLOCK_D is 512."""
+    import torch
+
+    def run():
+        if tuner.tuning.decode_plan(64, 2).UNROLL == 8:
+            raise RuntimeError("out of resource: shared memory")
+        return (torch.ones(3) * (9 if tuner.tuning.decode_plan(64, 2).BLOCK_D == 512 else 1),)
+
+    plan = lambda: tuner.tuning.decode_plan(64, 2)  # noqa: E731
+    monkeypatch.setattr(tuner, "_seconds", lambda run, device: seconds(plan()))
+    monkeypatch.setattr(tuner, "subjects", lambda case, device: [tuner.Subject("decode", "2:64", run, plan)])
+
+
+def test_tuning_keeps_what_is_faster_and_right(tmp_path, monkeypatch, capsys):
+    from benchmarks.gpu import tune as tuner
+
+    monkeypatch.setattr(tuner.measure, "device_name", lambda device: "fast")
+    # as it is: 4 rows, 64 columns, 4 unrolled, 4 warps; wrong and failing fields would be fastest
+    fake_subject(
+        monkeypatch, tuner, lambda p: 1.0 / p.ROWS + 0.01 * p.warps + (0 if p.BLOCK_D == 512 or p.UNROLL == 8 else 1)
+    )
+    tuner.tune("cpu", tmp_path, time.time() + 100)
+    assert json.loads((tmp_path / "tuning.json").read_text()) == {"fast": {"decode": {"2:64": {"ROWS": 8}}}}
+    said = capsys.readouterr().out
+    assert "BLOCK_D 512: wrong: off by" in said and "UNROLL 8: RuntimeError: out of resource" in said
+    tuner.tune("cpu", tmp_path / "never", time.time() - 1)
+    assert "the time is up" in capsys.readouterr().out
+
+
+def test_tuning_sweeps_fields_that_the_plans_have():
+    from benchmarks.gpu import tune as tuner
+
+    plans = {
+        "fused": tuner.tuning.Tile, "select": tuner.tuning.SelectPlan, "slab": tuner.tuning.SlabPlan,
+        "decode": tuner.tuning.DecodePlan, "sums": tuner.tuning.SumsPlan, "dot": tuner.tuning.DotPlan,
+    }  # fmt: skip
+    assert {kind: set(f) - set(plans[kind].__dataclass_fields__) for kind, f in tuner.FIELDS.items()} == dict.fromkeys(
+        plans, set()
+    )
+    small = replace(HEADLINE[0], rows=2)
+    subjects = list(tuner.subjects(small, "cpu"))
+    assert {s.kind for s in subjects} == set(plans)
+    assert [s.plan() for s in subjects if s.kind == "decode"] == [tuner.tuning.decode_plan(64, 2)]
+    assert "fused" not in {s.kind for s in tuner.subjects(TINY, "cpu")}  # too few latents for that path
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [

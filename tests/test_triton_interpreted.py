@@ -22,9 +22,11 @@ def run(*args, **environment):
 
 
 @needs_triton
-@pytest.mark.parametrize("name", ["topk_encode", "sparse_decode", "activation_stats"])
+@pytest.mark.parametrize(
+    "name", ["triton_topk_encode", "triton_sparse_decode", "triton_activation_stats", "gpu_graphs"]
+)
 def test_kernels_in_the_interpreter(name):
-    code, out = run("-m", "pytest", "-q", "-x", str(HERE / f"test_triton_{name}.py"), TRITON_INTERPRET="1")
+    code, out = run("-m", "pytest", "-q", "-x", str(HERE / f"test_{name}.py"), TRITON_INTERPRET="1")
     assert code == 0 and " passed" in out and "skipped" not in out, out
 
 

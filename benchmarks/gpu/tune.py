@@ -53,7 +53,7 @@ def subjects(case: Case, device: str) -> Iterator[Subject]:
     def encode(path: str) -> Callable[[], tuple[Tensor, ...]]:
         return lambda: topk_encode.topk_encode(w.x, w.W_enc, w.b_enc, k, 0, None, path)[:1]
 
-    if d <= LARGEST_FUSED_TRIED:
+    if d <= LARGEST_FUSED_TRIED and tuning.first_step(case.d_sae, k) > 1:
         yield Subject("fused", near, encode("fused"), lambda: tuning.fused_tile(d, size))
     yield Subject("select", str(tuning.select_plan(k).P), encode("slab"), lambda: tuning.select_plan(k))
     yield Subject("slab", str(size), encode("slab"), lambda: tuning.slab_plan(size))
