@@ -13,7 +13,7 @@ from sae_kernels.ops import _backend, reference
 
 @pytest.fixture
 def on_cuda(monkeypatch):
-    cuda_library.load()
+    cuda_library.load_for_cpu()
     monkeypatch.setattr(_native, "cuda_error", None)
     monkeypatch.setattr(_native, "cuda_runs_on", "cpu")
     with sk.backend("cuda"):

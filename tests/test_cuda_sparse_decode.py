@@ -1,6 +1,8 @@
-"""The CUDA kernels of sparse_decode and of the sums per latent, run on the CPU by tests/cuda_host, against the fp64
-oracle.
+"""The CUDA kernels of sparse_decode and of the sums per latent against the fp64 oracle, on a GPU or, by
+tests/cuda_host, on the CPU.
 """
+
+from functools import partial
 
 import cuda_library
 import pytest
@@ -9,6 +11,11 @@ from test_sparse_decode import DTYPES, case
 
 from sae_kernels.cuda import sparse_decode as kernel
 from sae_kernels.ops import reference
+
+sparse_decode, grad_values, backward, latent_sums = (
+    partial(cuda_library.call, f)
+    for f in (kernel.sparse_decode, kernel.grad_values, kernel.backward, kernel.latent_sums)
+)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -31,10 +38,10 @@ def test_forward(shape, dtype):
     """Rows of one element, odd rows, rows of several slices, many rows per block; int32 and int64 indices."""
     values, indices, W, b = case(*shape, dtype)
     want = reference.sparse_decode(values.double(), indices, W.double(), b.double())
-    got = kernel.sparse_decode(values, indices, W, b)
+    got = sparse_decode(values, indices, W, b)
     assert_near(got, want, dtype)
-    assert torch.equal(kernel.sparse_decode(values, indices.long(), W, b), got)
-    assert_near(kernel.sparse_decode(values, indices, W, None), want - b.double(), dtype)
+    assert torch.equal(sparse_decode(values, indices.long(), W, b), got)
+    assert_near(sparse_decode(values, indices, W, None), want - b.double(), dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -45,10 +52,10 @@ def test_gradients(shape, dtype):
     grad = torch.randn(shape[0], shape[3], generator=torch.Generator().manual_seed(9)).to(dtype)
     dots = (grad.double() @ W.double().mT).gather(1, indices.long())
     for index in (indices, indices.long()):
-        dvalues, dW = kernel.backward(grad, values, index, W)
+        dvalues, dW = backward(grad, values, index, W)
         assert_near(dvalues, dots, dtype)
         assert_near(dW, oracle_sums(indices, values, grad, len(W))[0], dtype)
-    assert_near(kernel.grad_values(grad, indices, W), dots, dtype)
+    assert_near(grad_values(grad, indices, W), dots, dtype)
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 64, 1000])
@@ -59,13 +66,13 @@ def test_chunks(chunk, hot):
     rows = torch.randn(50, 8, generator=torch.Generator().manual_seed(2))
     if hot:
         indices[:, 2] = 5
-    sums, totals, dots = kernel.latent_sums(indices, weights, rows, 15, with_totals=True, chunk=chunk)
+    sums, totals, dots = latent_sums(indices, weights, rows, 15, with_totals=True, chunk=chunk)
     want_sums, want_totals = oracle_sums(indices, weights, rows, 15)
     assert dots is None
     torch.testing.assert_close(sums.double(), want_sums, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(totals.double(), want_totals, rtol=1e-5, atol=1e-5)
     assert not sums[13:].any() and not totals[13:].any()
-    again = kernel.latent_sums(indices, weights, rows, 15, with_totals=True, chunk=chunk)
+    again = latent_sums(indices, weights, rows, 15, with_totals=True, chunk=chunk)
     assert torch.equal(sums, again[0]) and torch.equal(totals, again[1])
 
 
@@ -75,15 +82,15 @@ def test_an_index_out_of_range_is_not_followed_and_shows(wrong):
     bad = indices.long()
     bad[2, 1] = wrong
     bad = bad if wrong == 2**40 else bad.int()
-    y = kernel.sparse_decode(values, bad, W, b)
+    y = sparse_decode(values, bad, W, b)
     rest = torch.arange(6) != 2
     assert y[2].isnan().all()
-    assert torch.equal(y[rest], kernel.sparse_decode(values, indices, W, b)[rest])
+    assert torch.equal(y[rest], sparse_decode(values, indices, W, b)[rest])
     grad = torch.randn(6, 8, generator=torch.Generator().manual_seed(1))
     right = torch.ones(6, 3, dtype=torch.bool)
     right[2, 1] = False
-    dvalues, dW = kernel.backward(grad, values, bad, W)
-    for dots in (dvalues, kernel.grad_values(grad, bad, W)):
+    dvalues, dW = backward(grad, values, bad, W)
+    for dots in (dvalues, grad_values(grad, bad, W)):
         assert torch.equal(dots.isnan(), ~right)
     want, _ = oracle_sums(indices, values * right, grad, 20)
     torch.testing.assert_close(dW.double(), want, rtol=1e-5, atol=1e-5)
@@ -91,11 +98,11 @@ def test_an_index_out_of_range_is_not_followed_and_shows(wrong):
 
 def test_empty():
     values, indices, W, b = case(4, 3, 20, 8, torch.float32)
-    assert kernel.sparse_decode(values[:0], indices[:0], W, b).shape == (0, 8)
-    assert torch.equal(kernel.sparse_decode(values[:, :0], indices[:, :0], W, b), b.expand(4, 8))
-    dvalues, dW = kernel.backward(torch.ones(0, 8), values[:0], indices[:0], W)
+    assert sparse_decode(values[:0], indices[:0], W, b).shape == (0, 8)
+    assert torch.equal(sparse_decode(values[:, :0], indices[:, :0], W, b), b.expand(4, 8))
+    dvalues, dW = backward(torch.ones(0, 8), values[:0], indices[:0], W)
     assert dvalues.shape == (0, 3) and dW.shape == W.shape and not dW.any()
-    assert kernel.sparse_decode(values, indices, W[:, :0], b[:0]).shape == (4, 0)
+    assert sparse_decode(values, indices, W[:, :0], b[:0]).shape == (4, 0)
 
 
 def test_views_at_odd_addresses_and_of_any_stride():
@@ -105,11 +112,11 @@ def test_views_at_odd_addresses_and_of_any_stride():
     def shifted(t):
         return torch.cat([t.new_zeros(1), t.reshape(-1)])[1:].view(t.shape)
 
-    got = kernel.sparse_decode(values.mT.contiguous().mT, indices, shifted(W), shifted(b))
-    torch.testing.assert_close(got, kernel.sparse_decode(values, indices, W, b))
+    got = sparse_decode(values.mT.contiguous().mT, indices, shifted(W), shifted(b))
+    torch.testing.assert_close(got, sparse_decode(values, indices, W, b))
     for a, e in zip(
-        kernel.backward(shifted(grad), values, indices, shifted(W)),
-        kernel.backward(grad, values, indices, W),
+        backward(shifted(grad), values, indices, shifted(W)),
+        backward(grad, values, indices, W),
         strict=True,
     ):
         torch.testing.assert_close(a, e)

@@ -1,4 +1,6 @@
-"""The CUDA kernels of topk_encode, run on the CPU by tests/cuda_host, against the fp64 oracle."""
+"""The CUDA kernels of topk_encode against the fp64 oracle, on a GPU or, by tests/cuda_host, on the CPU."""
+
+from functools import partial
 
 import cuda_library
 import pytest
@@ -10,6 +12,7 @@ from sae_kernels.kernels import tuning
 from sae_kernels.ops import reference
 from sae_kernels.ops.topk_encode import ACTIVATIONS
 
+encode, topk = (partial(cuda_library.call, f) for f in (kernel.topk_encode, kernel.topk))
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -31,7 +34,7 @@ def test_ties_index_for_index(d_sae, activation):
     mask = torch.rand(d_sae, generator=torch.Generator().manual_seed(1)) < 0.1
     for latent_mask in (None, mask):
         for k in (1, 100) if latent_mask is None else (33, 200):
-            got = kernel.topk_encode(x, W, b, k, activation, latent_mask)
+            got = encode(x, W, b, k, activation, latent_mask)
             assert_same(got, reference.topk_encode(x, W, b, k, ACTIVATIONS[activation], latent_mask))
 
 
@@ -40,7 +43,7 @@ def test_every_latent_and_more_than_the_buffers_hold(activation):
     x, W, b = small_integers(2, 9, 1100, torch.float32, seed=activation)
     mask = torch.arange(1100) % 7 == 3
     for k, latent_mask in ((1025, None), (1100, mask)):
-        got = kernel.topk_encode(x, W, b, k, activation, latent_mask)
+        got = encode(x, W, b, k, activation, latent_mask)
         assert_same(got, reference.topk_encode(x, W, b, k, ACTIVATIONS[activation], latent_mask))
 
 
@@ -51,7 +54,7 @@ def test_chunks_of_rows_and_latents(monkeypatch, activation):
     x, W, b = small_integers(6, 9, 250, torch.float32)
     mask = torch.arange(250) % 7 == 3
     for k, latent_mask in ((1, None), (20, mask), (120, None)):
-        got = kernel.topk_encode(x, W, b, k, activation, latent_mask)
+        got = encode(x, W, b, k, activation, latent_mask)
         assert_same(got, reference.topk_encode(x, W, b, k, ACTIVATIONS[activation], latent_mask))
 
 
@@ -61,7 +64,7 @@ def test_random(dtype):
     for d_in, d_sae, k in ((1, 40, 3), (37, 333, 32), (70, 700, 5)):
         x, W, b = (torch.randn(*s, generator=g).to(dtype) for s in ((4, d_in), (d_sae, d_in), (d_sae,)))
         for activation, name in enumerate(ACTIVATIONS):
-            assert_is_topk(*kernel.topk_encode(x, W, b, k, activation, None), x, W, b, k, name)
+            assert_is_topk(*encode(x, W, b, k, activation, None), x, W, b, k, name)
 
 
 @pytest.mark.parametrize(
@@ -71,7 +74,7 @@ def test_adversarial_orders(kind):
     x, W, b = adversarial(kind)
     x = (x[:2] * 64).round() / 64  # constant latents then tie exactly, whatever the order of a sum
     for k in (1, 32):
-        values, indices = kernel.topk_encode(x, W, b, k, 0, None)
+        values, indices = encode(x, W, b, k, 0, None)
         assert_is_topk(values, indices, x, W, b, k)
         if kind in ("all negative", "constant"):
             assert torch.equal(indices, torch.arange(k, dtype=torch.int32).expand(2, k))
@@ -81,12 +84,16 @@ def test_rows_that_overflow_are_trimmed_and_counted():
     """31 of the 128 groups hold all large scores, in ascending order, so the bound of k = 32 lets 496 through."""
     large = torch.arange(2048) % 128 < 31
     scores = torch.arange(2048.0) + torch.where(large, 1e4, 0.0)
-    x, W, trims = torch.eye(2), torch.stack([scores, scores.flip(0)], 1), torch.zeros(1, dtype=torch.int32)
-    assert_same(kernel.topk_encode(x, W, None, 32, 1, None, trims), reference.topk_encode(x, W, None, 32, "none"))
+    x, W, trims = (
+        torch.eye(2),
+        torch.stack([scores, scores.flip(0)], 1),
+        torch.zeros(1, dtype=torch.int32, device=cuda_library.DEVICE),
+    )
+    assert_same(encode(x, W, None, 32, 1, None, trims), reference.topk_encode(x, W, None, 32, "none"))
     assert int(trims) == 2
-    kernel.topk_encode(x, torch.randn(2048, 2), None, 32, 0, None, trims)
+    encode(x, torch.randn(2048, 2), None, 32, 0, None, trims)
     assert int(trims) == 2
-    constant = kernel.topk_encode(x, torch.ones(2048, 2), None, 200, 0, None, trims)  # every latent reaches the bound
+    constant = encode(x, torch.ones(2048, 2), None, 200, 0, None, trims)  # every latent reaches the bound
     assert torch.equal(constant[1], torch.arange(200, dtype=torch.int32).expand(2, 200))
     assert int(trims) == 2  # the block's buffer holds them all
 
@@ -96,22 +103,22 @@ def test_nan_infinity_and_signed_zero(activation):
     pre = torch.tensor([[0.0, -0.0, float("nan"), -1.0, float("inf"), -float("inf"), 2.0, -float("nan")]])
     W, x = pre.mT.contiguous(), torch.ones(1, 1)
     for k in (1, 4, 8):
-        got = kernel.topk_encode(x, W, None, k, activation, None)
+        got = encode(x, W, None, k, activation, None)
         assert_same(got, reference.topk_encode(x, W, None, k, ACTIVATIONS[activation]))
 
 
 def test_no_rows_and_inputs_that_are_not_contiguous():
     x, W, b = small_integers(8, 9, 120, torch.float32)
-    values, indices = kernel.topk_encode(x[:0], W, b, 5, 0, None)
+    values, indices = encode(x[:0], W, b, 5, 0, None)
     assert values.shape == indices.shape == (0, 5) and indices.dtype == torch.int32
     wide = torch.randn(120, 3)
     wide[:, 1] = b
-    got = kernel.topk_encode(x[::2], W.mT.contiguous().mT, wide[:, 1], 5, 0, torch.ones(240, dtype=torch.bool)[::2])
+    got = encode(x[::2], W.mT.contiguous().mT, wide[:, 1], 5, 0, torch.ones(240, dtype=torch.bool)[::2])
     assert_same(got, reference.topk_encode(x[::2], W, b, 5))
 
 
 def test_topk_alone():
     scores = torch.randint(-9, 9, (3, 333), generator=torch.Generator().manual_seed(0)).float()
     for k in (7, 300):
-        values, indices = kernel.topk(scores[:, 13:], k)  # rows that begin at odd places
+        values, indices = topk(scores[:, 13:], k)  # rows that begin at odd places
         assert_same((values, indices), [t[:, :k] for t in scores[:, 13:].sort(dim=1, descending=True, stable=True)])

@@ -24,10 +24,12 @@ BUILD_SECONDS = 240
 
 
 def gates(tests: Path) -> dict[str, list[Path]]:
-    """Gate -> its test files: test_triton_<op>.py and test_gpu_<op>.py; a test_gpu file of no op belongs to module."""
+    """Gate -> its test files: test_triton_<op>.py, test_cuda_<op>.py and test_gpu_<op>.py; a test_gpu file of no op
+    belongs to module.
+    """
     found: dict[str, list[Path]] = {}
-    for path in sorted([*tests.glob("test_triton_*.py"), *tests.glob("test_gpu_*.py")]):
-        kind, name = re.fullmatch(r"test_(triton|gpu)_(\w+)", path.stem).groups()
+    for path in sorted(path for kind in ("triton", "cuda", "gpu") for path in tests.glob(f"test_{kind}_*.py")):
+        kind, name = re.fullmatch(r"test_(triton|cuda|gpu)_(\w+)", path.stem).groups()
         if name in NEEDS or kind == "gpu":
             found.setdefault(name if name in NEEDS else "module", []).append(path)
     return found

@@ -1,0 +1,64 @@
+"""The table of compiled CUDA kernels: complete, without spills, small enough for the chips; a sample compiles again."""
+
+import shutil
+import subprocess
+
+import cuda_library
+import cuda_ptxas
+import pytest
+
+SHARED_BYTES = 48 * 1024  # static shared memory of a block, on every chip
+PER_SM = 65536  # registers
+
+
+def threads(kernel: str) -> int:
+    """Of a block."""
+    if kernel.startswith("select_rows"):
+        team, rows = kernel.split("SelectPlan<")[1].split(", ")[:2]
+        return int(team) * int(rows)
+    return 256 if kernel.startswith("write_") else 128
+
+
+def test_no_kernel_spills_or_outgrows_a_chip():
+    for row in cuda_ptxas.read():
+        assert row["stack"] == row["spills"] == "0", row
+        assert 0 < int(row["registers"]) <= 255 and int(row["shared"]) <= SHARED_BYTES, row
+        assert 2 * threads(row["kernel"]) * int(row["registers"]) <= PER_SM, row  # two blocks at least run side by side
+
+
+def test_the_table_holds_every_kernel():
+    """Those that g++ has compiled into the library for the CPU."""
+    told = subprocess.run(["nm", cuda_library.build()], capture_output=True, text=True, check=True).stdout
+    names = [
+        line.split()[-1] for line in told.splitlines() if "Args" in line and line.split()[-1].startswith("_ZN11sae_k")
+    ]
+    kernels = {n for n in cuda_ptxas.demangled(names) if n.split("<")[0] in KERNELS}
+    assert {n.split("<")[0] for n in kernels} == KERNELS
+    assert {(row["kernel"], row["arch"]) for row in cuda_ptxas.read()} == {
+        (k, c) for k in kernels for c in cuda_ptxas.CODES
+    }
+
+
+KERNELS = {"select_rows", "write_keys", "write_codes", "decode_rows", "dot_rows", "sum_runs", "join_runs"}
+SAMPLE = """
+#include "cuda/latent_sums.cuh"
+#include "cuda/topk_select.cuh"
+namespace sae_kernels {
+template __global__ void select_rows<SelectTo32, 4, kRelu>(SelectArgs);
+template __global__ void sum_runs<bf16, int32_t, 8>(SumArgs<bf16, int32_t>);
+}
+"""
+
+
+def test_a_sample_compiles_again_and_is_as_the_table_says(tmp_path):
+    if shutil.which("nvcc") is None:
+        pytest.skip("no nvcc")
+    source = tmp_path / "sample.cu"
+    source.write_text(SAMPLE)
+    rows = cuda_ptxas.compiled(source, "90a")
+    assert len(rows) == 2
+    table = cuda_ptxas.read()
+    for row in rows:
+        assert row["spills"] == "0"
+        listed = next(r for r in table if (r["kernel"], r["arch"]) == (row["kernel"], "90a"))
+        assert row["shared"] == listed["shared"]  # registers may differ by the version of the compiler
