@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from .train.checkpoint import need
+from ._need import need
 
 BASE, SAE, ACCENT, MUTED = "#9aa7b5", "#2a6f97", "#d1793b", "#5c6873"
 PALETTE = ("#2a6f97", "#d1793b", "#4f8a5b", "#8b5a8f", "#b8963e")

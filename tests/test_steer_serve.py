@@ -99,6 +99,11 @@ def test_embeddings_of_a_few_histories_are_those_of_many():
         ),
         (lambda m, s, h: steer.SteeredRanker(m, s).recommend(h, 31), ValueError, "n must be between 1 and 30, got 31"),
         (
+            lambda m, s, h: steer.SteeredRanker(m, s).encode(Histories.from_lists([], 30)),
+            ValueError,
+            "there are no users",
+        ),
+        (
             lambda m, s, h: steer.SteeredRanker(m, s).encode(Histories.from_lists([[1], []], 30)),
             ValueError,
             "user row 1 has no history",

@@ -1,4 +1,4 @@
-"""python -m sae_kernels.experiments grid: reproduction runs, one command each."""
+"""python -m sae_kernels.experiments grid | study: one command each."""
 
 import argparse
 import sys
@@ -8,6 +8,7 @@ EXAMPLES = """examples:
   python -m sae_kernels.experiments grid                                    ELSA on the simulated catalogue
   python -m sae_kernels.experiments grid --data data/goodbooks10k --model multvae --d 128 --seeds 0 1 2
   python -m sae_kernels.experiments grid --data data/ml1m --model sasrec --weights sasrec.npz --at 10 --variants topk
+  python -m sae_kernels.experiments study runs/demo-elsa                   what its latents mean, explain and steer
 
 Ctrl-C at any time: the same command goes on with the cells that are missing. Open <out>/results.html afterwards.
 """
@@ -16,6 +17,22 @@ Ctrl-C at any time: the same command goes on with the cells that are missing. Op
 def main(argv: list[str] | None = None) -> int:
     """Runs one command; returns the exit code: 0, 2 for a mistake in what was given, 130 after Ctrl-C."""
     options = _parser().parse_args(argv)
+    return _study(options) if options.command == "study" else _grid(options)
+
+
+def _study(options: argparse.Namespace) -> int:
+    from .study import StudyConfig, run_study
+
+    given = {name: value for name, value in vars(options).items() if name != "command"}
+    try:
+        run_study(StudyConfig(**given))
+    except (ValueError, OSError, ImportError) as error:
+        print(f"experiments study: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _grid(options: argparse.Namespace) -> int:
     from .grid import GridConfig, run_grid
     from .grid_page import spread
 
@@ -47,7 +64,9 @@ def _parser() -> argparse.ArgumentParser:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    grid = parser.add_subparsers(dest="command", required=True).add_parser(
+    commands = parser.add_subparsers(dest="command", required=True)
+    _add_study(commands)
+    grid = commands.add_parser(
         "grid", help="SAE variants x width x k x seeds on one recommender", epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
@@ -67,6 +86,17 @@ def _parser() -> argparse.ArgumentParser:
     grid.add_argument("--out", type=Path, metavar="DIR", help="where the grid is written (runs/grid-<model>)")
     grid.add_argument("--quiet", action="store_true", help="no progress bar and no table")
     return parser
+
+
+def _add_study(commands: argparse._SubParsersAction) -> None:
+    study = commands.add_parser("study", help="concepts, latents, explanations and steering of a run of the demo")
+    study.add_argument("run", type=Path, metavar="RUN", help="a folder that `sae-kernels demo` has written")
+    study.add_argument("--out", type=Path, metavar="DIR", help="where tables and pages go (RUN/study)")
+    study.add_argument("--users", type=int, default=2000, help="held-out users that are steered (2000)")
+    study.add_argument("--explained", type=int, default=5, help="recommendations that are explained (5)")
+    study.add_argument("--untagged", type=float, default=0.0, metavar="SHARE",
+                       help="share of the items whose tags the methods do not see (0)")  # fmt: skip
+    study.add_argument("--resamples", type=int, default=200, help="of the bootstrap (200)")
 
 
 if __name__ == "__main__":

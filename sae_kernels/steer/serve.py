@@ -76,14 +76,14 @@ class SteeredRanker:
     @torch.no_grad()
     def encode(self, histories: Histories, batch_size: int = 1024) -> Users:
         """The users' embeddings and codes. Raises ValueError for a user without a history."""
+        if len(histories) == 0:
+            raise ValueError("encode: there are no users")
         empty = histories.lengths == 0
         if bool(empty.any()):
             raise ValueError(f"encode: user row {int(empty.nonzero()[0])} has no history")
         with evaluating(self.model), evaluating(self.sae):
             batches = (histories.bags(rows) for rows in torch.arange(len(histories)).split(batch_size))
             parts = [self.model.encode_histories(*(t.to(self.device) for t in batch)) for batch in batches]
-            if not parts:
-                raise ValueError("encode: there are no users")
             x = torch.cat(parts)
             if x.dim() != 2 or x.shape[1] != self.sae.d_in:
                 shapes = f"{tuple(x.shape)} must end in the SAE's d_in = {self.sae.d_in}"
