@@ -1,19 +1,20 @@
 """What every recommender has to do, ours and adapted ones alike; used by the tests of the adapters."""
 
 import torch
+from torch.nn.functional import linear
 
 from sae_kernels.data.split import leave_last_out
 from sae_kernels.eval.ranking import rank_metrics
 from sae_kernels.hooks import attach
 from sae_kernels.nn import TopKSAE
-from sae_kernels.steer import attached, suppress
+from sae_kernels.steer import SteeredRanker, attached, suppress
 from sae_kernels.train import from_model
 
 # float32 sums of at most some hundred terms of size about 1
 CLOSE = {"atol": 2e-5, "rtol": 1e-4}
 
 
-def check_recommender(model, histories):
+def check_recommender(model, histories, head=True):
     """The one interface: embeddings and scores of histories, an SAE at the hook point, ranking, steering, training."""
     bags = histories.bags()
     scores, embeddings = model.score_histories(*bags), model.encode_histories(*bags)
@@ -22,6 +23,15 @@ def check_recommender(model, histories):
     real = histories.lengths > 0
     one_by_one = torch.cat([model.score_histories(*histories.bags(torch.tensor([row]))) for row in range(len(real))])
     torch.testing.assert_close(one_by_one, scores, **CLOSE)
+    if head and hasattr(model, "item_head"):
+        query, items, bias = model.item_head()
+        states = embeddings if query is None else query(embeddings)
+        torch.testing.assert_close(linear(states, items, bias)[real], scores[real], **CLOSE)
+        listed = SteeredRanker(model, TopKSAE(model.d, 2 * model.d, 3).eval(), error_term=True).recommend(
+            histories.select(real.nonzero().squeeze(1)), 3
+        )
+        unseen = scores.detach().index_put((histories.row_ids(), histories.flat), torch.tensor(-torch.inf))
+        torch.testing.assert_close(listed[1], unseen.topk(3).values[real], **CLOSE)
     torch.manual_seed(1)
     sae = TopKSAE(model.d, 4 * model.d, 3).eval()
     where = {"positions": model.positions, "mask": model.mask}

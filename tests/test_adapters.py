@@ -234,7 +234,10 @@ def test_transformers_layouts_that_do_not_fit():
         from_transformers(model.transformer, N)
     with pytest.raises(ValueError, match=r"'model.lm_head' is not the bottleneck.*puts out \(2, 13\), expected"):
         from_transformers(model, N, hook_point="lm_head")
-    assert from_transformers(model, N, hook_point="transformer.h.0").hook_point == "model.transformer.h.0"
+    early = from_transformers(model, N, hook_point="transformer.h.0")
+    assert early.hook_point == "model.transformer.h.0"
+    with pytest.raises(ValueError, match="how items are scored from 'model.transformer.h.0' is not known"):
+        early.item_head()
 
 
 def test_not_a_recbole_model():

@@ -120,7 +120,10 @@ def test_recbole_models_that_need_a_name(recbole):
     with pytest.raises(ValueError, match="hook_point must be given for GRU4Rec; known: SASRec, BERT4Rec"):
         from_recbole(model)
     adapter = from_recbole(model, hook_point="dense")
-    check_recommender(adapter, Histories.from_lists([[3, 0, 4], [], list(range(11)), [2]], adapter.n_items))
+    with pytest.raises(ValueError, match="how GRU4Rec scores items from 'model.dense' is not known"):
+        adapter.item_head()
+    histories = Histories.from_lists([[3, 0, 4], [], list(range(11)), [2]], adapter.n_items)
+    check_recommender(adapter, histories, head=False)
 
 
 @pytest.mark.parametrize("name", ["SASRecModel", "BERT4RecModel"])

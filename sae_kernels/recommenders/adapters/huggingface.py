@@ -59,3 +59,14 @@ class TransformersSequence(SequenceAdapter):
     def scores(self, tokens: Tensor) -> Tensor:
         out = getattr(self.model, self._base)(tokens, attention_mask=self.mask(tokens).long(), return_dict=True)
         return getattr(self.model, self._head)(self.last(out.last_hidden_state, tokens))
+
+    def item_head(self) -> tuple[nn.Module | None, Tensor, Tensor | None]:
+        """As those of our recommenders; ValueError for a hook point or head other than GPT-2's and BERT's."""
+        head = getattr(self.model, self._head)
+        query, linear = None, head
+        if hasattr(head, "predictions"):
+            query, linear = head.predictions.transform, head.predictions.decoder
+        if self.hook_point != f"model.{self._base}" or not isinstance(linear, nn.Linear):
+            raise ValueError(f"item_head: how items are scored from {self.hook_point!r} is not known")
+        items = self.token_of[1:]
+        return query, linear.weight[items], None if linear.bias is None else linear.bias[items]

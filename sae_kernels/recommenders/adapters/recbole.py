@@ -47,6 +47,14 @@ class RecBoleSequence(SequenceAdapter):
         batch = {self.model.ITEM_SEQ: tokens, self.model.ITEM_SEQ_LEN: self.lengths(tokens)}
         return self.model.full_sort_predict(batch).reshape(len(tokens), -1)
 
+    def item_head(self) -> tuple[None, Tensor, Tensor | None]:
+        """As those of our recommenders; ValueError for a hook point that items are not known to be read from."""
+        name, layers = type(self.model).__name__, getattr(getattr(self.model, "trm_encoder", None), "layer", ())
+        if self.hook_point != f"model.{HOOK_POINTS.get(name, '').format(last=len(layers) - 1)}":
+            raise ValueError(f"item_head: how {name} scores items from {self.hook_point!r} is not known")
+        items = self.model.item_embedding.weight[1 : self.n_items + 1]
+        return None, items, self.model.output_bias[1:] if name == "BERT4Rec" else None
+
 
 class _Through:
     """Sends the decoder's input through the bottleneck, in RecBole's own calls too; an object, so that it is copied."""
@@ -77,3 +85,9 @@ class RecBoleAutoencoder(Adapter):
     def forward(self, x: Tensor) -> Tensor:
         scores = self.model(x)
         return (scores if isinstance(scores, Tensor) else scores[0])[:, 1:]
+
+    def item_head(self) -> tuple[nn.Module, Tensor, Tensor]:
+        """As that of MultVAE; ValueError where the hook point is not the decoder's input."""
+        if self.hook_point != "bottleneck":
+            raise ValueError(f"item_head: items are scored from the decoder's input, not from {self.hook_point!r}")
+        return self.model.decoder[:-1], self.model.decoder[-1].weight[1:], self.model.decoder[-1].bias[1:]

@@ -44,3 +44,13 @@ class RecToolsSequence(SequenceAdapter):
         items = self.model.item_model.get_all_embeddings()
         hidden = self.model.encode_sessions({"x": tokens}, items)
         return self.model.similarity_module(hidden[:, -1:], items)[:, 0]
+
+    def item_head(self) -> tuple[None, Tensor, None]:
+        """As that of our SASRec; ValueError for a hook point before the last states, or cosine similarity."""
+        similarity = self.model.similarity_module
+        if (
+            self.hook_point != "model.transformer_layers"
+            or getattr(getattr(similarity, "distance", None), "name", None) != "DOT"
+        ):
+            raise ValueError(f"item_head: items are not scored by a product with the output of {self.hook_point!r}")
+        return None, self.model.item_model.get_all_embeddings()[self.token_of[1:]], None
