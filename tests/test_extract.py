@@ -241,9 +241,7 @@ def test_rows_that_are_not_finite(tmp_path):
     with torch.no_grad():
         model.embed.weight[7] = float("nan")
     bad = ((x == 7) & (x != 0)).nonzero()
-    with pytest.raises(
-        FloatingPointError, match=rf"the first comes from input {bad[0, 0]}, position {bad[0, 1]}; nan="
-    ):
+    with pytest.raises(FloatingPointError, match=rf"the first is of input {bad[0, 0]}, position {bad[0, 1]}; nan="):
         run(model, "encoder", x, tmp_path / "raise", mask=real)
     with pytest.raises(ValueError, match="is not finished"):
         ActivationStore.open(tmp_path / "raise")

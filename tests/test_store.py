@@ -80,8 +80,8 @@ def test_positions_and_own_ids(tmp_path):
 
 
 def test_statistics_are_those_of_all_rows(tmp_path):
-    x = rows(3 * BLOCK + 5) * torch.logspace(-3, 6, D) + 1e3
-    store = written(tmp_path / "s", x, shard_rows=BLOCK + 1)
+    x = rows(3 * (BLOCK // D) + 5) * torch.logspace(-3, 6, D) + 1e3
+    store = written(tmp_path / "s", x, shard_rows=BLOCK // D + 1)
     # a mean of n numbers carries n roundings at most
     torch.testing.assert_close(store.mean, x.double().mean(0), rtol=len(x) * 2**-53, atol=0)
     # and a variance those of a mean 10^6 standard deviations away
@@ -267,12 +267,12 @@ def test_shards_in_any_order_by_several_writers(tmp_path):
 
     one, two = writer(), writer()
     for number in (4, 0, 3):
-        one.write(number, parts[number])
+        one.write(number, [parts[number]])
     assert two.done().keys() == {0, 3, 4}
     with pytest.raises(RuntimeError, match="2 of 5 shards are missing, the first is 1"):
         two.finish(5)
-    two.write(2, parts[2], dropped=1)
-    two.write(1, parts[1])
+    two.write(2, [parts[2]], dropped=1)
+    two.write(1, [{n: t[:7] for n, t in parts[1].items()}, {n: t[7:] for n, t in parts[1].items()}])
     store = one.finish(5)
     assert torch.equal(store.read(slice(None)), torch.cat([part["x"] for part in parts]))
     assert [shard.dropped for shard in store.shards] == [0, 0, 1, 0, 0]
@@ -292,7 +292,7 @@ def test_codes(tmp_path):
     fields |= {name: Field(torch.float32, (1,)) for name in ("offset", "scale")} | {"row": Field(torch.int64)}
     writer = StoreWriter(tmp_path / "s", "codes", fields, {"d_sae": 48}, {"inputs": 1})
     tensors = {name: getattr(code, name) for name in ("values", "indices", "offset", "scale")}
-    writer.write(0, {**tensors, "row": torch.arange(200)})
+    writer.write(0, [{**tensors, "row": torch.arange(200)}])
     store = writer.finish(1)
     assert (store.d, store.mean) == (4, None)
     picked = torch.tensor([150, 3, 3])

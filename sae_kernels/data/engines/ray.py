@@ -2,11 +2,10 @@
 
 from typing import Any
 
-import torch
-
 from ..._need import need
 from ..extract.job import Facts, Job, Progress
 from ..store import ActivationStore
+from ..store.shards import Parts
 
 
 class Shards:
@@ -18,8 +17,8 @@ class Shards:
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         rows = []
 
-        def write(number: int, tensors: dict[str, torch.Tensor], dropped: int) -> None:
-            rows.append(self.writer.write(number, tensors, dropped).rows)
+        def write(number: int, parts: Parts, dropped: int) -> None:
+            rows.append(self.writer.write(number, parts, dropped).rows)
 
         self.job.run(self.recipe, self.facts, batch["shard"].tolist(), write)
         return {"shard": batch["shard"], "rows": rows}

@@ -11,6 +11,7 @@ from torch import nn
 from ...nn import TopKSAE
 from ..engines import local, torchrun
 from ..store import ActivationStore
+from ..store.shards import Parts
 from ..store.writer import place_of, read_manifest
 from .inputs import as_inputs
 from .job import Job, Progress
@@ -108,8 +109,8 @@ def repair(
     if away:
         raise ValueError(f"{job.store}: shard {away[0]} is damaged and comes from other inputs than these")
 
-    def write(number: int, tensors: dict[str, torch.Tensor], dropped: int) -> None:
-        writer.replace(ours[number], tensors)
+    def write(number: int, rows: Parts, dropped: int) -> None:
+        writer.replace(ours[number], rows)
 
     job.run(recipe, facts, [number - ours.start for number in damaged], write)
     return damaged

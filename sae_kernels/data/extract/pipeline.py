@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..._seed import mix_seed
+from ..store.shards import Parts
 from ..store.writer import shuffled
 from .inputs import Inputs
 from .recipe import Recipe, Recorded
@@ -81,21 +82,21 @@ def run_shards(
     inputs: Inputs,
     plan: Plan,
     shards: Iterable[int],
-    write: Callable[[int, dict[str, Tensor], int], Any],
+    write: Callable[[int, Parts, int], Any],
     *,
     nan: str = "raise",
     writers: int = 1,
     on_batch: OnBatch | None = None,
 ) -> None:
-    """Makes the given shards; write(number, tensors, dropped) runs in `writers` threads, at most that many shards
+    """Makes the given shards; write(number, parts, dropped) runs in `writers` threads, at most that many shards
     ahead of the disk. An error in a thread ends the run, after the shards under way are written."""
     ours, theirs = itertools.tee(shards)
     batches = (batch for _, batch, _ in plan.steps(theirs))
     parts: list[dict[str, Tensor]] = []
     shard = None
 
-    def finish(number: int, tensors: list[dict[str, Tensor]]) -> None:
-        write(number, *settled(tensors, nan, plan.shuffle, number))
+    def finish(number: int, rows: Parts) -> None:
+        write(number, *settled(rows, nan, plan.shuffle, number))
 
     with ThreadPoolExecutor(writers, thread_name_prefix="shard") as pool:
         pending: set[Future] = set()
@@ -114,29 +115,29 @@ def run_shards(
             pending = _room(pending, 1)
 
 
-def settled(parts: list[dict[str, Tensor]], nan: str, shuffle: int | None, shard: int) -> tuple[dict[str, Tensor], int]:
-    """A shard's tensors out of its batches, and how many rows were dropped for NaN or Inf.
+def settled(parts: Parts, nan: str, shuffle: int | None, shard: int) -> tuple[Parts, int]:
+    """A shard's rows, shuffled where asked for, and how many were dropped for NaN or Inf.
 
     nan: "raise" (FloatingPointError naming the first such row), "drop" or "keep".
     """
-    tensors = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-    parts.clear()
     dropped = 0
-    main = tensors["x"] if "x" in tensors else tensors["values"]
-    # a finite sum has no NaN and no Inf in it: the row by row search is for the others
-    if nan != "keep" and not torch.isfinite(main.sum(dtype=torch.promote_types(main.dtype, torch.float32))):
+    for i, part in enumerate(parts if nan != "keep" else ()):
+        main = part["x"] if "x" in part else part["values"]
+        # a finite sum has no NaN and no Inf in it: the row by row search is for the others
+        if torch.isfinite(main.sum(dtype=torch.promote_types(main.dtype, torch.float32))):
+            continue
         bad = ~main.isfinite().all(1)
-        dropped = int(bad.sum())
-        if dropped and nan == "raise":
+        if bad.any() and nan == "raise":
             first = int(bad.nonzero()[0])
-            where = f"input {int(tensors['row'][first])}"
-            where += f", position {int(tensors['position'][first])}" if "position" in tensors else ""
+            where = f"input {int(part['row'][first])}"
+            where += f", position {int(part['position'][first])}" if "position" in part else ""
             raise FloatingPointError(
-                f"extract: {dropped} rows of shard {shard} hold NaN or Inf, the first comes from {where}; "
+                f"extract: shard {shard} has NaN or Inf in {int(bad.sum())} rows of a batch, the first is of {where}; "
                 "nan='drop' leaves them out and counts them, nan='keep' keeps them"
             )
-        tensors = {name: t[~bad] for name, t in tensors.items()}
-    return shuffled(tensors, shuffle, shard), dropped
+        dropped += int(bad.sum())
+        parts[i] = {name: t[~bad] for name, t in part.items()}
+    return shuffled(parts, shuffle, shard), dropped
 
 
 def _room(pending: set[Future], limit: int) -> set[Future]:

@@ -69,7 +69,7 @@ class Recipe:
         self.device = _device(self.model, device, sae)
         to = dtype if sae is None else None
         self._record = record(self.model, module, mask=mask, positions=positions, to=to, **self._output)
-        self._training, self._constant = False, {}
+        self._training, self._constant, self._probed = False, {}, None
 
     def __enter__(self) -> "Recipe":
         self._training = self.model.training
@@ -86,10 +86,14 @@ class Recipe:
         if calls > 1:
             self._record.clear()
             raise ValueError(f"extract: module {self.module!r} runs {calls} times in one pass; name one that runs once")
-        return self._collected(batch)
+        self._probed = self._collected(batch)
+        return self._probed
 
     def rows(self, batch: Batch) -> Recorded:
         """The pass ends at the module: what the model would do after it is not needed."""
+        if self._probed is not None and torch.equal(self._probed.ids, batch.ids):
+            probed, self._probed = self._probed, None  # known already
+            return probed
         self._forward(batch, stop=True)
         return self._collected(batch)
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -10,6 +11,9 @@ from torch import Tensor
 from ..._need import need
 from .files import Files
 from .manifest import Field, Shard
+
+# the rows of a shard: the same tensors by field in each part, [rows of the part, ...]
+Parts = Sequence[dict[str, Tensor]]
 
 _NAMES = {
     torch.float64: "F64",
@@ -21,17 +25,18 @@ _NAMES = {
 }
 
 
-def serialise(tensors: dict[str, Tensor]) -> list[bytes | memoryview]:
-    """The file's header and the memory of each tensor; widest dtype first, so that each one is aligned."""
-    order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
-    header, end = {"__metadata__": {"format": "pt"}}, 0
+def serialise(parts: Parts) -> list[bytes | memoryview]:
+    """The file's header and the memory of each tensor, part after part; widest dtype first, so that each is aligned."""
+    order = sorted(parts[0], key=lambda name: (-parts[0][name].dtype.itemsize, name))
+    header, end, data = {"__metadata__": {"format": "pt"}}, 0, []
     for name in order:
-        t = tensors[name]
-        start, end = end, end + t.nbytes
-        header[name] = {"dtype": _NAMES[t.dtype], "shape": list(t.shape), "data_offsets": [start, end]}
+        pieces = [part[name] for part in parts]
+        start, end = end, end + sum(t.nbytes for t in pieces)
+        shape = [sum(map(len, pieces)), *pieces[0].shape[1:]]
+        header[name] = {"dtype": _NAMES[pieces[0].dtype], "shape": shape, "data_offsets": [start, end]}
+        data += [memoryview(t.contiguous().view(-1).view(torch.uint8).numpy()) for t in pieces]
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    data = [memoryview(tensors[name].contiguous().view(-1).view(torch.uint8).numpy()) for name in order]
     return [len(text).to_bytes(8, "little") + text, *data]
 
 

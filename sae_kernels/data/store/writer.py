@@ -1,8 +1,10 @@
 """Writing a store: shards by number, in any order, from any number of processes; or rows, batch after batch."""
 
 import errno
+import itertools
 import json
 import os
+from functools import reduce
 from typing import Any
 
 import torch
@@ -23,6 +25,7 @@ from .manifest import (
     shard_name,
 )
 from .moments import Moments
+from .shards import Parts
 from .store import ActivationStore
 
 # left free on a disk: a full one breaks more than this store
@@ -77,12 +80,15 @@ class StoreWriter:
         """The shards of this run that are finished, by number."""
         return {number: shard for number, (shard, _) in self._records().items()}
 
-    def write(self, number: int, tensors: dict[str, Tensor], dropped: int = 0) -> Shard:
-        """Writes shard `number`: tensors by field, [rows, ...], on the CPU. OSError where the disk is (nearly) full."""
-        rows = self._checked(number, tensors)
+    def write(self, number: int, rows: Parts, dropped: int = 0) -> Shard:
+        """Writes shard `number`, in parts that follow one another: each has tensors by field, [rows, ...], on the CPU.
+
+        OSError where the disk is (nearly) full.
+        """
+        count = sum(self._checked(number, part) for part in rows)
         name = shard_name(len(self.manifest.shards) + number)
-        parts = shard_files.serialise(tensors)
-        size = sum(len(part) for part in parts)
+        data = shard_files.serialise(rows)
+        size = sum(len(piece) for piece in data)
         free = self.free()
         if free is not None and free < size:
             raise OSError(
@@ -90,10 +96,12 @@ class StoreWriter:
                 f"{self.url}: {free:,} bytes are free and {name} takes {size:,}; what is finished stays, make room and "
                 "start again",
             )
-        shard = Shard(name, rows, size, shard_files.digest(parts), dropped)
-        moments = Moments.of(tensors["x"]) if self.manifest.kind == "activations" else None
+        shard = Shard(name, count, size, shard_files.digest(data), dropped)
+        moments = None
+        if self.manifest.kind == "activations":
+            moments = reduce(Moments.merge, (Moments.of(part["x"]) for part in rows))
         try:
-            self._files.write(name, parts)
+            self._files.write(name, data)
             self._files.write(record_name(name), [record_bytes(shard, moments)])
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
@@ -125,19 +133,19 @@ class StoreWriter:
         self._tidy()
         return ActivationStore(self._files, self.manifest)
 
-    def replace(self, number: int, tensors: dict[str, Tensor], dropped: int = 0) -> None:
+    def replace(self, number: int, rows: Parts) -> None:
         """Writes a shard of the finished store (by its number in the store) anew.
 
         ValueError where the new bytes are not those that the manifest names: another model or other inputs made them.
         """
         shard = self.manifest.shards[number]
-        parts = shard_files.serialise(tensors)
-        if shard_files.digest(parts) != shard.sha256:
+        data = shard_files.serialise(rows)
+        if shard_files.digest(data) != shard.sha256:
             raise ValueError(
                 f"{self.url}: {shard.name} came out different from what was stored (sha256); other software or another "
                 "device rounds differently: extract the store anew"
             )
-        self._files.write(shard.name, parts)
+        self._files.write(shard.name, data)
 
     def _tidy(self) -> None:
         self._files.clean()
@@ -236,24 +244,27 @@ class RowWriter:
             self.store = self._writer.finish(self._shards)
 
     def _flush(self) -> None:
-        tensors = {name: torch.cat([part[name] for part in self._parts]) for name in self._parts[0]}
-        self._parts.clear()
         number = len(self._writer.manifest.shards) + self._shards
-        self._writer.write(self._shards, shuffled(tensors, self._shuffle, number))
-        self._held, self._shards = 0, self._shards + 1
+        self._writer.write(self._shards, shuffled(self._parts, self._shuffle, number))
+        self._parts, self._held, self._shards = [], 0, self._shards + 1
 
 
 def id_fields(position: bool) -> dict[str, Field]:
     return {"row": Field(torch.int64)} | ({"position": Field(torch.int32)} if position else {})
 
 
-def shuffled(tensors: dict[str, Tensor], seed: int | None, shard: int) -> dict[str, Tensor]:
-    """The rows of a shard in an order drawn from (seed, shard); as they are for seed None."""
+def shuffled(parts: Parts, seed: int | None, shard: int) -> Parts:
+    """The rows of a shard in an order drawn from (seed, shard), as one part; as they are for seed None."""
     if seed is None:
-        return tensors
-    rows = len(next(iter(tensors.values())))
-    order = torch.randperm(rows, generator=torch.Generator().manual_seed(mix_seed(seed, shard)))
-    return {name: t[order] for name, t in tensors.items()}
+        return parts
+    ends = list(itertools.accumulate(len(next(iter(part.values()))) for part in parts))
+    generator = torch.Generator().manual_seed(mix_seed(seed, shard))
+    places = torch.randperm(ends[-1], generator=generator).tensor_split(ends[:-1])
+    out = {name: t.new_empty(ends[-1], *t.shape[1:]) for name, t in parts[0].items()}
+    for place, part in zip(places, parts, strict=True):
+        for name, t in part.items():
+            out[name][place] = t
+    return [out]
 
 
 def read_manifest(path: str | os.PathLike, storage_options: dict[str, Any] | None = None) -> Manifest | None:
