@@ -66,6 +66,19 @@ def test_float64_takes_the_reference_and_compiled_graphs_the_kernels(on_cuda):
     assert_is_topk(*sk.topk_encode(x, W, None, 3), x, W, None, 3)
 
 
+def test_no_launch_path_asks_the_device(on_cuda, monkeypatch):
+    """Every way from a tensor to a Python number is closed, so steps can be captured in CUDA graphs."""
+    g = torch.Generator().manual_seed(0)
+    x, W, b = (torch.randn(*s, generator=g) for s in ((3, 8), (60, 8), (60,)))
+    names = ("tolist", "item", "nonzero", "__bool__", "__int__", "__index__", "__float__", "cpu", "numpy")
+    for name in names:
+        monkeypatch.setattr(torch.Tensor, name, lambda *_, name=name: pytest.fail(f"{name} waits for the device"))
+    leaves = [t.requires_grad_() for t in (W, b)]
+    values, indices = sk.topk_encode(x, *leaves, 4)
+    dW, db = torch.autograd.grad(sk.sparse_decode(values, indices, leaves[0]), leaves, torch.ones(3, 8))
+    assert dW.shape == W.shape and db.shape == b.shape
+
+
 def test_forced_where_it_cannot_run(monkeypatch):
     monkeypatch.setattr(_native, "cuda_error", "not built: no nvcc")
     with (
