@@ -1,4 +1,4 @@
-"""The command line: demo, extract, train, eval, bench, info."""
+"""The command line: demo, extract, train, eval, plan, bench, info."""
 
 import argparse
 import json
@@ -6,7 +6,7 @@ import sys
 import warnings
 from pathlib import Path
 
-from . import __version__, cli_extract, cli_train
+from . import __version__, cli_extract, cli_plan, cli_train
 
 EXAMPLES = """examples:
   sae-kernels demo                                        simulated data, no network: a minute or two
@@ -15,6 +15,7 @@ EXAMPLES = """examples:
   sae-kernels extract --sasrec sasrec.npz --data data/ml1m --out runs/acts
   sae-kernels train activations.npy --out runs/sae --width 8 --k 32 --steps 5000
   sae-kernels eval runs/sae held_out.npy                  FVU, cosine, L0, dead share
+  sae-kernels plan --rows 1e9 --d-in 1024 --d-sae 65536   what that takes on 1, 8 and 64 GPUs
   sae-kernels bench                                       these kernels against plain torch, in two minutes
   sae-kernels info                                        what runs here, and why not
 """
@@ -95,6 +96,8 @@ def _parser() -> _Parser:
     train = "train TopK SAEs on a file or a store of activations"
     cli_train.add_arguments(_add(commands, "train", cli_train.run, train, cli_train.EXAMPLES))
     _add_eval(commands)
+    plan = "bytes and hours of a large run on 1, 8, 64 ... GPUs"
+    cli_plan.add_arguments(_add(commands, "plan", cli_plan.run, plan, cli_plan.EXAMPLES))
     _add_bench(commands)
     info = _add(commands, "info", _info, "versions, devices, the native library, the backend", None)
     info.add_argument("--json", action="store_true", help="print one JSON object")
