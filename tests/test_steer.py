@@ -86,6 +86,30 @@ def test_edits_against_their_dense_definition(name, shape):
     assert torch.equal(code.values, before[0]) and torch.equal(code.indices, before[1])
 
 
+@pytest.mark.parametrize("weights", [None, [2.0, 0.0, 1.0]])
+def test_mix_near_gives_each_row_its_own_shares(weights):
+    code = code_of((7,))
+    code = code.replace(values=torch.where(torch.arange(7)[:, None] == 3, 0, code.values))  # a row that fires nowhere
+    W = torch.randn(D, 5, generator=torch.Generator().manual_seed(1)).double()
+    W[LATENTS] = torch.where(torch.arange(3)[:, None] == 2, W[LATENTS].abs(), W[LATENTS])
+    W[:, 0] += 1.0
+    z, worth = code.to_dense(), torch.tensor(weights or [1.0, 1, 1], dtype=torch.float64)
+    got = steer.mix_near(LATENTS, 0.4, W, weights)(code).to_dense()
+    for row in range(7):
+        near = (W[LATENTS] @ (z[row] @ W)).relu() * worth
+        share = near / near.sum() if near.sum() > 0 else worth / worth.sum()
+        expected = onto(0.6 * z[row], lambda c, row=row, share=share: c + 0.4 * z[row].sum() * share)
+        torch.testing.assert_close(got[row], expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(got.sum(1), z.sum(1), rtol=1e-12, atol=1e-12)
+    assert not torch.allclose(got, steer.mix(LATENTS, 0.4, weights)(code).to_dense())
+    alone = code.replace(values=torch.ones(7, 1).double(), indices=torch.full((7, 1), LATENTS[0], dtype=torch.int32))
+    away = torch.zeros(D, 5).double()  # near to nothing: the weights alone
+    torch.testing.assert_close(
+        steer.mix_near(LATENTS, 0.4, away, weights)(alone).to_dense(),
+        steer.mix(LATENTS, 0.4, weights)(alone).to_dense(),
+    )
+
+
 @settings(max_examples=40, deadline=None)
 @given(
     st.floats(0, 1), st.integers(1, 8), st.lists(st.integers(0, D - 1), min_size=1, unique=True), st.integers(0, 999)
@@ -119,6 +143,14 @@ def test_dtype_stays_and_gradients_flow(dtype):
         (lambda: steer.mix([1, 2], 0.5, [1.0]), ValueError, r"weights must be one per latent, \(2,\), got \(1,\)"),
         (lambda: steer.mix([1, 2], 0.5, [0.0, 0.0]), ValueError, "weights must be finite, not negative, and not all 0"),
         (lambda: steer.mix([1, 2], 1.5, [1.0, 0.0]), ValueError, "alpha must be between 0 and 1, got 1.5"),
+        (lambda: steer.mix_near([1], 1.5, torch.ones(D, 2)), ValueError, "alpha must be between 0 and 1, got 1.5"),
+        (lambda: steer.mix_near([1], 0.5, torch.ones(D)), ValueError, r"W_dec must be \[d_sae, d\], got \(13,\)"),
+        (
+            lambda: steer.mix_near([1], 0.5, torch.ones(9, 2))(code_of()),
+            ValueError,
+            r"W_dec \(9, 2\) must have d_sae = 13",
+        ),
+        (lambda: steer.mix_near([D], 0.5, torch.ones(D, 2).double())(code_of()), ValueError, "latents must be in"),
         (lambda: steer.mix_all([(1, 0.6), (2, 0.5)]), ValueError, "the alphas must sum to at most 1, got 1.1"),
         (lambda: steer.mix_all([]), ValueError, "latents must name at least one latent"),
         (lambda: steer.direction([1.0], 1.0), TypeError, r"vector must be a floating tensor \[d_in\], got list"),

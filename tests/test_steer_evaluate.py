@@ -132,6 +132,7 @@ def test_methods_against_dense_scores(name):
     by_latent = steer.latent_lists(ranker, users, goals, latents, 5)
     weights = [[1.0], [0.25, 0.5], [3.0, 0.0, 1.0]]
     weighted = steer.latent_lists(ranker, users, goals, latents, 5, weights)
+    nearby = steer.latent_lists(ranker, users, goals, latents, 5, weights, near=True)
     by_probe = steer.probe_lists(ranker, users, goals, probes, 5)
     by_tag = steer.rerank_lists(ranker, users, goals, 5)
     with torch.no_grad():
@@ -149,6 +150,8 @@ def test_methods_against_dense_scores(name):
                 assert torch.equal(by_latent(strength)[rows], mine)
                 edit = steer.mix(latents[concept], strength, weights[concept])
                 assert torch.equal(weighted(strength)[rows], ranker.rank(users.select(rows), 5, edit)[0])
+                edit = steer.mix_near(latents[concept], strength, sae.W_dec, weights[concept])
+                assert torch.equal(nearby(strength)[rows], ranker.rank(users.select(rows), 5, edit)[0])
     with pytest.raises(ValueError, match="strength must be between 0 and 1, got 1.5"):
         by_tag(1.5)
     with pytest.raises(ValueError, match=r"probes must be \[3 concepts, 8\], got \(3, 7\)"):

@@ -36,14 +36,14 @@ def test_files_hold_what_was_found(run, capsys):
     assert [row["concept"] for row in concepts] == found.names and float(concepts[0]["auc"]) > 0.5
     assert len(table(out / "latents.csv")) == int((found.stats.counts > 0).sum())
     steering = table(out / "steering.csv")
-    assert [float(row["ndcg"]) for row in steering] == [row.ndcg for row in rows] and len(rows) == 15
+    assert [float(row["ndcg"]) for row in steering] == [row.ndcg for row in rows] and len(rows) == 18
     front = {(row.method, row.strength) for row in pareto_front(rows)}
     assert {(row["method"], float(row["strength"])) for row in steering if row["on_front"] == "True"} == front
     by = {(row.method, row.strength): row for row in rows}
-    # without steering the last three are the model itself
+    # without steering these three are the model itself
     without = [by[name, 0.0].ndcg for name in ("the same, with error term", "linear probe", "tag re-rank")]
     assert without[0] == pytest.approx(without[1], abs=1e-9) and without[1] == pytest.approx(without[2], abs=1e-9)
-    for method in ("50 latents by lens", "linear probe", "tag re-rank"):
+    for method in ("50 latents by lens", "200 latents near the user", "linear probe", "tag re-rank"):
         assert by[method, 1.0].segment_ndcg > by[method, 0.0].segment_ndcg + 0.1
     assert (out / "explanations.txt").read_text().count("rank 1, score") == 2
     for page in ("concepts.html", "steering.html"):

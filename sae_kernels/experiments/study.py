@@ -45,7 +45,7 @@ from . import stages
 from .demo import DemoConfig
 from .stages import K, Parts
 
-FEW, MANY = 10, 50  # latents of a concept: alike, and weighted
+FEW, MANY, NEAR = 10, 50, 200  # latents of a concept: alike, weighted, and weighted by how near they are to the user
 LOSS = 0.05  # of personal nDCG, at which methods are compared
 
 
@@ -168,6 +168,7 @@ def _methods(
     users = plain.encode(inputs)
     few = [found.latents(name, FEW) for name in goals.names]
     many, worth = zip(*(found.weights(name, MANY, by) for name in goals.names), strict=True)
+    near, worth_near = zip(*(found.weights(name, NEAR, by) for name in goals.names), strict=True)
     *_, items, x = stages.coded_items(model, sae, parts)
     kept = told[items]
     probes = linear_probes(x[kept], goals.labels[items[kept]], ridge=100.0)
@@ -176,6 +177,7 @@ def _methods(
         f"{FEW} latents by TF-IDF": latent_lists(plain, users, goals, few, K),
         f"{MANY} latents by {by}": latent_lists(plain, users, goals, many, K, worth),
         "the same, with error term": latent_lists(full, users, goals, many, K, worth),
+        f"{NEAR} latents near the user": latent_lists(full, users, goals, near, K, worth_near, near=True),
         "linear probe": probe_lists(full, users, goals, probes, K),
         "tag re-rank": rerank_lists(full, users, known, K),
     }

@@ -1,5 +1,5 @@
 from .calibrate import calibrated, concept_shares, dhondt
-from .edits import Edit, add, chain, clamp, direction, mix, mix_all, scale, set_, suppress
+from .edits import Edit, add, chain, clamp, direction, mix, mix_all, mix_near, scale, set_, suppress
 from .evaluate import STRENGTHS, Lists, SteeringRow, at_loss, attached, compare_steering, pareto_front, steering_table
 from .goals import Goals, one_goal, over_represented
 from .methods import latent_lists, linear_probes, probe_lists, rerank_lists
@@ -31,6 +31,7 @@ __all__ = [
     "linear_probes",
     "mix",
     "mix_all",
+    "mix_near",
     "one_goal",
     "over_represented",
     "pareto_front",

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..nn.code import SparseCode
+from ..ops.sparse_decode import sparse_decode
 
 Edit = Callable[[SparseCode], SparseCode]
 Latents = int | Sequence[int] | Tensor
@@ -60,6 +61,34 @@ def _mixed(chosen: list[Tensor], alphas: list[float], weights: list[Tensor]) -> 
     def edit(code: SparseCode) -> SparseCode:
         mass = code.values.sum(-1, keepdim=True)
         return _with_slots(code, code.values * rest, where, mass * share.to(mass))
+
+    return edit
+
+
+def mix_near(latents: Latents, alpha: float, W_dec: Tensor, weights: Tensor | Sequence[float] | None = None) -> Edit:
+    """mix with weights of each row's own: w_f times how near latent f is to what the row's code decodes to.
+
+    Near: the positive part of <W_dec[f], sum_g z_g W_dec[g]>. Of a concept's latents a user gets those of the kind that
+    they like, so that many latents (some hundred) can be given. A row near to none gets the weights alone. W_dec
+    [d_sae, d]: the SAE's; the rest as mix.
+    """
+    chosen = _latents("mix_near", latents)
+    mix(latents, alpha, weights)  # for its checks
+    if W_dec.dim() != 2:
+        raise ValueError(f"mix_near: W_dec must be [d_sae, d], got {tuple(W_dec.shape)}")
+    worth = torch.ones(chosen.numel()) if weights is None else torch.as_tensor(weights)
+
+    def edit(code: SparseCode) -> SparseCode:
+        if W_dec.shape[0] != code.d_sae:
+            raise ValueError(f"mix_near: W_dec {tuple(W_dec.shape)} must have d_sae = {code.d_sae} rows")
+        _check_range(code, chosen)
+        W = W_dec.detach().to(code.values)
+        near = (sparse_decode(code.values, code.indices, W, None) @ W[chosen].T).relu()
+        share = near * worth.to(near)
+        share = torch.where(share.sum(-1, keepdim=True) > 0, share, worth.to(near))
+        share = share / share.sum(-1, keepdim=True)
+        mass = code.values.sum(-1, keepdim=True)
+        return _with_slots(code, code.values * (1 - alpha), chosen, alpha * mass * share)
 
     return edit
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from .edits import Latents, mix
+from .edits import Latents, mix, mix_near
 from .evaluate import Lists
 from .goals import Goals
 from .serve import ItemHead, SteeredRanker, Users, rank_unseen
@@ -21,12 +21,21 @@ def latent_lists(
     latents: Mapping[int, Latents] | Sequence[Latents],
     k: int = 20,
     weights: Mapping[int, Sequence[float]] | Sequence[Sequence[float]] | None = None,
+    *,
+    near: bool = False,
 ) -> Lists:
-    """mix(latents of the user's concept, strength, weights); both by the concept's place in goals.names."""
+    """mix(latents of the user's concept, strength, weights), or mix_near of the same where near.
+
+    latents and weights: by the concept's place in goals.names.
+    """
 
     def one(part: Users, concept: int, strength: float) -> Tensor:
         worth = None if weights is None else weights[concept]
-        return ranker.rank(part, k, mix(latents[concept], strength, worth))[0]
+        if near:
+            edit = mix_near(latents[concept], strength, ranker.sae.W_dec, worth)
+        else:
+            edit = mix(latents[concept], strength, worth)
+        return ranker.rank(part, k, edit)[0]
 
     return _by_goal(users, goals, k, one)
 
