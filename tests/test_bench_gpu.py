@@ -15,6 +15,7 @@ pytest.importorskip("triton")
 from benchmarks.gpu import cells, checks, targets  # noqa: E402
 from benchmarks.gpu.__main__ import main, options  # noqa: E402
 from benchmarks.gpu.plan import HEADLINE, TINY, Cell, first_of_each_op, plan  # noqa: E402
+from sae_kernels._info import GPU_VERIFIED  # noqa: E402
 from sae_kernels.bench import OPS, Row, table  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
@@ -217,6 +218,18 @@ def test_tuning_sweeps_fields_that_the_plans_have():
     assert {s.kind for s in subjects} == set(plans)
     assert [s.plan() for s in subjects if s.kind == "decode"] == [tuner.tuning.decode_plan(64, 2)]
     assert "fused" not in {s.kind for s in tuner.subjects(TINY, "cpu")}  # too few latents for that path
+
+
+def test_info_says_what_the_results_say():
+    """An op is verified on the GPUs of which the repository holds a row of ours that passed."""
+    verified: dict[str, set[str]] = {}
+    for path in (ROOT / "benchmarks" / "results").glob("*/*.csv"):
+        for r in table.read(path) if path.stem in OPS else ():
+            if r.provider == "sae_kernels" and r.backend in ("triton", "cuda") and r.status == "ok":
+                verified.setdefault(r.op, set()).add(r.device)
+    for op, gpu in GPU_VERIFIED.items():
+        found = verified.get("activation_stats" if op == "ActivationStats" else op, set())
+        assert gpu in found if found else gpu is None, f"{op}: info() says {gpu}, the rows {sorted(found)}"
 
 
 @pytest.mark.parametrize(

@@ -93,6 +93,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler.compiler import make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 from sae_kernels.kernels import topk_encode, sparse_decode, latent_sums, tuning
+from sae_kernels.ops.activation_stats import ActivationStats
 
 backend, found = make_backend(GPUTarget("cuda", 90, 32)), {}
 
@@ -114,6 +115,8 @@ def everything(rows, d_in, d_sae, k):
     sparse_decode.sparse_decode(values, indices, W, None)
     sparse_decode.grad_values(x, indices, W)
     latent_sums.latent_sums(indices, values, x, d_sae, with_totals=True, W=W)
+    stats = ActivationStats(d_sae, histogram=True, top=5, cooccurrence=True)
+    stats._run_triton(values, indices, None, None)
 """
 COUNT = """
 for d_in, d_sae, k in ((16, 1024, 8), (17, 1031, 5)):
@@ -132,7 +135,9 @@ def test_the_number_of_rows_is_no_part_of_a_compile_key():
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     counted = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(counted) == 8 and all(counts.keys() >= {"filter_product", "sum_chunks"} for _, counts in counted)
+    assert len(counted) == 8 and all(
+        counts.keys() >= {"filter_product", "sum_chunks", "add_entries", "merge_candidates"} for _, counts in counted
+    )
     for d_sae in (1024, 1031):
         counts = [counts for size, counts in counted if size == d_sae]
         assert counts[-1] == counts[0], f"d_sae {d_sae}: {counts}"

@@ -213,13 +213,19 @@ class PlainSAE(nn.Module):
         return plain_decode(*plain_encode(x - self.b_dec, self.W_enc, self.b_enc, self.k), self.W_dec, self.b_dec)
 
 
+def _compiled(f: Callable) -> Callable:
+    """For this one size: what was compiled before would make sizes dynamic, and after eight of them nothing is."""
+    torch._dynamo.reset()
+    return torch.compile(f, dynamic=False)
+
+
 def _plain_step(w: Workload, compiled: bool = False) -> Call:
     sae, x = PlainSAE(w), w.x
 
     def loss() -> Tensor:
         return (sae(x) - x).square().sum() / x.shape[0]
 
-    return peers.step(torch.compile(loss) if compiled else loss, sae, lambda: (sae.W_enc.grad, sae.W_dec.grad))
+    return peers.step(_compiled(loss) if compiled else loss, sae, lambda: (sae.W_enc.grad, sae.W_dec.grad))
 
 
 def _plain_stats(w: Workload) -> Call:
@@ -247,9 +253,9 @@ TORCH = {
     ("activation_stats", "forward"): _plain_stats,
 }
 COMPILED = {
-    ("topk_encode", "forward"): lambda w: _encode(torch.compile(plain_encode))(w),
-    ("sparse_decode", "forward"): lambda w: _decode(torch.compile(plain_decode))(w),
-    ("module", "forward"): lambda w: peers.forward(torch.compile(PlainSAE(w)), w.x),
+    ("topk_encode", "forward"): lambda w: _encode(_compiled(plain_encode))(w),
+    ("sparse_decode", "forward"): lambda w: _decode(_compiled(plain_decode))(w),
+    ("module", "forward"): lambda w: peers.forward(_compiled(PlainSAE(w)), w.x),
     ("module", "step"): lambda w: _plain_step(w, compiled=True),
 }
 BAG = {("sparse_decode", "forward"): _decode(bag_decode), ("sparse_decode", "backward"): _decode_backward(bag_decode)}
