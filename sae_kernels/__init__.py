@@ -2,13 +2,15 @@
 
 from ._info import info
 from .hooks import attach, record
-from .nn import SparseCode, TopKSAE
+from .nn import BatchTopKSAE, JumpReLUSAE, SparseCode, TopKSAE
 from .ops import ActivationStats, backend, batch_topk_encode, sparse_decode, threshold_encode, topk_encode
 
 __version__ = "0.1.0"
 
 __all__ = [
     "ActivationStats",
+    "BatchTopKSAE",
+    "JumpReLUSAE",
     "SparseCode",
     "TopKSAE",
     "attach",

@@ -27,6 +27,7 @@ EXAMPLES = """examples:
 The last one spreads the latents of each of two copies over two processes. --batch-size is that of all processes
 together; a run goes on with --resume on another number of them, or on one.
 """
+VARIANTS = ("topk", "batch_topk", "jumprelu")
 NORMALIZERS = ("none", "standardize", "l2", "layer_norm", "global")
 GRID = {"k": int, "width": int, "lr": float}
 SAMPLE = 16384
@@ -40,6 +41,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the checkpoint's folder")
     parser.add_argument("--width", type=int, default=8, help="latents per input dimension (8)")
     parser.add_argument("--k", type=int, default=32, help="active latents per row (32)")
+    parser.add_argument(
+        "--variant",
+        choices=VARIANTS,
+        default="topk",
+        help="k latents in every row, on average in a batch, or by trained thresholds (topk)",
+    )
     parser.add_argument(
         "--grid",
         nargs="+",
@@ -169,16 +176,18 @@ def _rows(options: argparse.Namespace) -> tuple[Any, Tensor, Tensor, str]:
 def _new_sae(known: Tensor, values: dict[str, Any], options: argparse.Namespace, ranks: Ranks) -> nn.Module:
     import torch
 
-    from .nn import ShardedTopKSAE, TopKSAE
+    from . import nn as modules
 
+    if ranks.shard is not None and options.variant != "topk":
+        raise ValueError(f"--shard-latents is for the variant topk, got --variant {options.variant}")
     d_in = known.shape[1]
     sizes = (d_in, values["width"] * d_in, values["k"])
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(options.seed)
         if ranks.shard is None:
-            sae = TopKSAE(*sizes, normalize=options.normalize)
+            sae = modules.VARIANTS[options.variant](*sizes, normalize=options.normalize)
         else:
-            sae = ShardedTopKSAE(*sizes, normalize=options.normalize, shard_group=ranks.shard)
+            sae = modules.ShardedTopKSAE(*sizes, normalize=options.normalize, shard_group=ranks.shard)
     if options.normalize == "global":
         sae.fit_normalizer(known)
     return sae

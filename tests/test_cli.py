@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 import torch
 
-from sae_kernels import _native, cli
+from sae_kernels import _native, cli, cli_train
 from sae_kernels._info import format_info, info
 from sae_kernels.data import simulate
 from sae_kernels.data.store import RowWriter
 from sae_kernels.eval.reconstruction import evaluate_reconstruction
 from sae_kernels.experiments import demo, stages
+from sae_kernels.nn import VARIANTS
 from sae_kernels.ops import backend
 from sae_kernels.train import load_sae
 from sae_kernels.train.activations import load_activations
@@ -84,6 +85,17 @@ def test_train_says_what_came_out(tmp_path, acts, capsys):
     out, err = capsys.readouterr()
     assert "60 steps" in out and "on 100 held-out rows" in out and "fvu" in out
     assert "60/60" in err
+
+
+@pytest.mark.parametrize("variant", ["batch_topk", "jumprelu"])
+def test_train_a_variant(tmp_path, acts, capsys, variant):
+    assert cli_train.VARIANTS == tuple(VARIANTS)
+    out = tmp_path / "sae"
+    assert cli.main(["train", str(acts), "--out", str(out), "--variant", variant, *SMALL]) == 0
+    sae = load_sae(out)
+    assert type(sae) is VARIANTS[variant] and sae.threshold.max() > 0
+    assert cli.main(["eval", str(out), str(acts), "--quiet"]) == 0
+    assert 0 < json.loads(capsys.readouterr().out)["l0"] < sae.max_active
 
 
 def test_seed_and_normaliser_change_the_weights(tmp_path, acts):

@@ -37,6 +37,10 @@ class TopKSAE(nn.Module):
     Raises TypeError or ValueError naming the argument.
     """
 
+    variant = "topk"
+    options = ("d_in", "d_sae", "k", "activation", "normalize", "k_aux", "aux_coef", "aux_rows", "dead_after")
+    """Arguments of the constructor that a checkpoint keeps."""
+
     data_group: ProcessGroup | None = None
     """The processes that share a batch, row i being with process i mod their number; set while they train together."""
 
@@ -169,8 +173,7 @@ class TopKSAE(nn.Module):
             rows = torch.where((weight > 0).unsqueeze(-1), rows, 0)
         normalized, offset, scale = self.normalizer(rows)
         normalized = normalized.to(self.W_enc.dtype)
-        values, indices = self._choose(normalized)
-        fires = self._firing_per_row(values)
+        values, indices, fires = self._choose_to_train(normalized, weight)
         if self.training:
             self._count_firings(values, indices, weight)
         scale_of_error = total_variance(normalized, weight, self.data_group)
@@ -185,7 +188,7 @@ class TopKSAE(nn.Module):
             offset if offset is None or offset.dim() == 1 else offset.reshape(*shape, 1),
             scale if scale is None or scale.dim() == 1 else scale.reshape(*shape, 1),
         )
-        return SAELoss(mse + self.aux_coef * aux, mse, aux, l0, code)
+        return SAELoss(self._total(mse, aux, l0), mse, aux, l0.detach(), code)
 
     def constrain(self, optimizer: torch.optim.Optimizer) -> ConstraintHandle:
         """Keeps the decoder rows at unit norm: before every optimizer.step() the gradient of W_dec is made orthogonal
@@ -205,6 +208,19 @@ class TopKSAE(nn.Module):
         normalize_rows_(self.W_dec.detach())
 
     def _choose(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x, b_enc = self._encoder_input(x)
+        return topk_encode(x, self.W_enc, b_enc, self.k, activation=self.activation)
+
+    def _choose_to_train(self, x: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Values, indices [N, width], and how many latents fire per row [N], of which a penalty may want gradients."""
+        values, indices = self._choose(x)
+        return values, indices, self._firing_per_row(values)
+
+    def _total(self, mse: Tensor, aux: Tensor, l0: Tensor) -> Tensor:
+        return mse + self.aux_coef * aux
+
+    def _encoder_input(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x and bias such that x W_enc^T + bias are the pre-activations."""
         b_enc = self.b_enc
         training = torch.is_grad_enabled() and self.b_dec.requires_grad and not x.requires_grad
         if training and x.dtype in (torch.float32, torch.float64):
@@ -212,7 +228,7 @@ class TopKSAE(nn.Module):
             b_enc = b_enc - (self.W_enc * self.b_dec).sum(-1)
         else:
             x = x - self.b_dec
-        return topk_encode(x, self.W_enc, b_enc, self.k, activation=self.activation)
+        return x, b_enc
 
     def _decoded(self, values: Tensor, indices: Tensor, b_dec: Tensor | None) -> Tensor:
         return sparse_decode(values, indices, self.W_dec, b_dec)
@@ -290,16 +306,22 @@ class TopKSAE(nn.Module):
 
     def get_extra_state(self) -> Tensor:
         """What the tensors do not tell, as JSON in a uint8 tensor: formats that hold tensors alone can keep it."""
-        text = json.dumps({**self._conventions(), "fitted": self.normalizer.fitted}, sort_keys=True)
+        text = json.dumps({**self._conventions(), **self._progress()}, sort_keys=True)
         return torch.tensor(list(text.encode()), dtype=torch.uint8)
 
     def set_extra_state(self, state: Tensor) -> None:
-        self.normalizer.fitted = self._checked_state(state)["fitted"]
+        self._restore(self._checked_state(state))
 
-    def _conventions(self) -> dict[str, str | int]:
+    def _progress(self) -> dict[str, bool]:
+        return {"fitted": self.normalizer.fitted}
+
+    def _restore(self, found: dict[str, str | int | float | bool]) -> None:
+        self.normalizer.fitted = found["fitted"]
+
+    def _conventions(self) -> dict[str, str | int | float]:
         return {"k": self.k, "activation": self.activation, "normalize": self.normalize}
 
-    def _checked_state(self, state: Tensor) -> dict[str, str | int | bool]:
+    def _checked_state(self, state: Tensor) -> dict[str, str | int | float | bool]:
         found = json.loads(bytes(state.tolist()))
         here = self._conventions()
         differs = [f"{key}={found.get(key)!r} (here {here[key]!r})" for key in here if found.get(key) != here[key]]

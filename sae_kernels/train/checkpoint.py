@@ -17,7 +17,6 @@ from .shards import read_shards
 
 FORMAT = 1
 SHARDS = "shards"
-CONFIG = ("d_in", "d_sae", "k", "activation", "normalize", "k_aux", "aux_coef", "aux_rows", "dead_after")
 
 
 def save_sae(sae: nn.Module, path: str | os.PathLike) -> None:
@@ -32,15 +31,18 @@ def save_sae(sae: nn.Module, path: str | os.PathLike) -> None:
 
 
 def load_sae(path: str | os.PathLike, device: torch.device | str = "cpu") -> nn.Module:
-    """The TopKSAE in the folder `path`, in eval mode.
+    """The SAE in the folder `path`, of the variant that was saved, in eval mode.
 
     Raises FileNotFoundError where there is none, ValueError that names what does not fit.
     """
-    from ..nn.sae import TopKSAE
+    from ..nn import VARIANTS
 
     folder = find_folder(Path(path))
     config = read_config(folder)
-    sae = TopKSAE(**config["sae"], device=device, dtype=getattr(torch, config["dtype"]))
+    variant = config.get("variant", "topk")
+    if variant not in VARIANTS:
+        raise ValueError(f"{folder}: variant {variant!r} is unknown here; known are {', '.join(VARIANTS)}")
+    sae = VARIANTS[variant](**config["sae"], device=device, dtype=getattr(torch, config["dtype"]))
     put_weights(sae, read_weights(folder), folder)
     return sae.eval()
 
@@ -113,7 +115,8 @@ def write_config(folder: Path, sae: nn.Module) -> None:
     folder.mkdir(exist_ok=True)
     config = {
         "format": FORMAT,
-        "sae": {name: getattr(sae, name) for name in CONFIG},
+        "variant": sae.variant,
+        "sae": {name: getattr(sae, name) for name in sae.options},
         "dtype": str(next(sae.parameters()).dtype).removeprefix("torch."),
     }
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
