@@ -343,4 +343,4 @@ def test_what_is_shown(tmp_path, capsys):
 def test_no_warnings(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        run(Sequences(), "encoder", ids(), tmp_path / "s", mask=real, shuffle=1)
+        assert run(Sequences(), "encoder", ids(), tmp_path / "s", mask=real, shuffle=1).rows

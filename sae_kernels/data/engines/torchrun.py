@@ -54,7 +54,11 @@ def _shares(job: Job, progress: Progress, recipe: Any, facts: Any) -> None:
     if todo[0] is None:
         return
     writer = writer if rank == 0 else job.writer(facts)
-    job.run(recipe, facts, todo[0][rank::world], writer.write, lambda rows, size: progress(rows, size, world))
+
+    def shown(rows: int, size: int) -> None:
+        progress(rows * world, size * world, world)  # the others do as much, nearly
+
+    job.run(recipe, facts, todo[0][rank::world], writer.write, shown)
     dist.barrier()
     if rank == 0:
         job.finish(writer, facts)

@@ -17,13 +17,12 @@ from .recipe import Recipe
 
 @dataclass(frozen=True)
 class Facts:
-    """What the first batch tells: the store's fields, what made the rows, rows kept of how many positions, inputs."""
+    """What the first batch tells: the store's fields, what made the rows, rows kept of how many positions."""
 
     fields: dict[str, Field]
     source: dict[str, Any]
     rows: int
     positions: int
-    inputs: int
 
     @property
     def row_bytes(self) -> int:
@@ -53,7 +52,7 @@ class Job:
         with recipe:
             rows = recipe.probe(batch)
         source = {**recipe.describe(), "nan": self.nan}
-        return Facts(rows.fields(), source, len(rows.place), len(batch.ids) * rows.width, len(batch.ids))
+        return Facts(rows.fields(), source, len(rows.place), len(batch.ids) * rows.width)
 
     def plan(self, facts: Facts) -> Plan:
         """Shards of whole batches, of at most shard_bytes where a batch is not larger."""

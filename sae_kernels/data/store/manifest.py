@@ -1,7 +1,7 @@
 """What a store says of itself: manifest.json for the whole, one JSON record beside each shard."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -102,14 +102,14 @@ class Manifest:
         inputs = tuple(facts["inputs"])
         return cls(facts["kind"], fields, facts["source"], inputs, facts["pending"], shards, moments)
 
-    def committed(self, records: Sequence[tuple[Shard, Moments | None]]) -> "Manifest":
+    def committed(self, records: Iterable[tuple[Shard, Moments | None]]) -> "Manifest":
         """This one and the shards of the pending plan, in the given order, after its own."""
-        moments = self.moments
-        for _, part in records:
+        moments, shards = self.moments, []
+        for shard, part in records:
+            shards.append(shard)
             moments = part if moments is None else moments.merge(part)
-        shards = (*self.shards, *(shard for shard, _ in records))
-        inputs = (*self.inputs, {**self.pending, "shards": len(records)})
-        return replace(self, inputs=inputs, pending=None, shards=shards, moments=moments)
+        inputs = (*self.inputs, {**self.pending, "shards": len(shards)})
+        return replace(self, inputs=inputs, pending=None, shards=(*self.shards, *shards), moments=moments)
 
 
 def differences(there: dict[str, Any], here: dict[str, Any]) -> list[str]:

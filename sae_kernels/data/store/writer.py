@@ -4,6 +4,7 @@ import errno
 import itertools
 import json
 import os
+from collections.abc import Iterator
 from functools import reduce
 from typing import Any
 
@@ -30,6 +31,8 @@ from .store import ActivationStore
 
 # left free on a disk: a full one breaks more than this store
 RESERVE = 16 << 20
+# read at once: each has the statistics of its shard
+RECORDS = 64
 
 
 class StoreWriter:
@@ -78,7 +81,7 @@ class StoreWriter:
 
     def done(self) -> dict[int, Shard]:
         """The shards of this run that are finished, by number."""
-        return {number: shard for number, (shard, _) in self._records().items()}
+        return {number: shard for number, shard, _ in self._records()}
 
     def write(self, number: int, rows: Parts, dropped: int = 0) -> Shard:
         """Writes shard `number`, in parts that follow one another: each has tensors by field, [rows, ...], on the CPU.
@@ -123,11 +126,18 @@ class StoreWriter:
 
         Called by one process, when no other one writes any more. RuntimeError where a shard is missing.
         """
-        records = self._records()
-        missing = [number for number in range(count) if number not in records]
+        missing = set(range(count))
+
+        def found() -> Iterator[tuple[Shard, Moments | None]]:
+            for number, shard, moments in self._records():
+                if number in missing:
+                    missing.remove(number)
+                    yield shard, moments
+
+        manifest = self.manifest.committed(found())
         if missing:
-            raise RuntimeError(f"{self.url}: {len(missing)} of {count} shards are missing, the first is {missing[0]}")
-        self.manifest = self.manifest.committed([records[number] for number in range(count)])
+            raise RuntimeError(f"{self.url}: {len(missing)} of {count} shards are missing, the first is {min(missing)}")
+        self.manifest = manifest
         self._files.write(MANIFEST, [self.manifest.to_bytes()])
         self.finished = True
         self._tidy()
@@ -151,19 +161,19 @@ class StoreWriter:
         self._files.clean()
         self.discard()
 
-    def _records(self) -> dict[int, tuple[Shard, Moments | None]]:
-        names, found, first = self._files.names(), {}, len(self.manifest.shards)
-        for name in names:
-            if not (name.startswith("shard-") and name.endswith(".json")):
-                continue
-            try:
-                shard, moments = read_record(self._files.read(name))
-            except (ValueError, TypeError, KeyError):
-                continue  # cut in the middle, on a file system without atomic writes: the shard is done again
-            number = int(name[len("shard-") : -len(".json")]) - first
-            if number >= 0 and names.get(shard.name) == shard.bytes:
-                found[number] = (shard, moments)
-        return found
+    def _records(self) -> Iterator[tuple[int, Shard, Moments | None]]:
+        """(number in this run, shard, its moments) of every finished shard, in order, a few records at a time."""
+        names, first = self._files.names(), len(self.manifest.shards)
+        records = sorted(name for name in names if name.startswith("shard-") and name.endswith(".json"))
+        for start in range(0, len(records), RECORDS):
+            for name, data in self._files.read_many(records[start : start + RECORDS]).items():
+                try:
+                    shard, moments = read_record(data)
+                except (ValueError, TypeError, KeyError):
+                    continue  # cut in the middle, on a file system without atomic writes: the shard is done again
+                number = int(name[len("shard-") : -len(".json")]) - first
+                if number >= 0 and names.get(shard.name) == shard.bytes:
+                    yield number, shard, moments
 
     def _checked(self, number: int, tensors: dict[str, Tensor]) -> int:
         fields = self.manifest.fields
