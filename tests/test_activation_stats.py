@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sae_kernels import _native
-from sae_kernels.ops import backend
+from sae_kernels.ops import backend, reference_stats
 from sae_kernels.ops.activation_stats import ActivationStats
 
 D = 37
@@ -295,6 +295,23 @@ def test_bad_input_changes_nothing(change, error, match):
     with pytest.raises(error, match=match):
         stats.update(**{**batch, **change})
     assert same(stats, untouched)
+
+
+def test_out_of_memory_leaves_the_state_as_it_was(monkeypatch):
+    """Plain torch asks for memory between the statistics, when some of them have the batch already."""
+    stats, untouched = stats_of(*codes(30, 5), **FULL), stats_of(*codes(30, 5), **FULL)
+
+    def full(*_):
+        raise torch.OutOfMemoryError("out of memory")
+
+    for name in ("histogram", "cooccurrence"):
+        with monkeypatch.context() as patched, backend("reference"):
+            patched.setattr(reference_stats, name, full)
+            with pytest.raises(torch.OutOfMemoryError):
+                stats.update(*codes(30, 5, seed=1))
+        assert same(stats, untouched)
+    stats.update(*codes(30, 5, seed=1))
+    assert not same(stats, untouched)
 
 
 @pytest.mark.parametrize(

@@ -21,10 +21,8 @@ def measured(monkeypatch, tmp_path):
     fields = {"decode": {"2:64": {"ROWS": 8, "warps": 2}}, "slab": {"2": {"largest_fused": 100}}}
     (tmp_path / "tuning.json").write_text(json.dumps({"fast": fields}))
     monkeypatch.setattr(tuning, "TABLE", tmp_path / "tuning.json")
-    monkeypatch.setattr(tuning.torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(tuning.torch.cuda, "current_device", lambda: 0)
     name = ["fast"]
-    monkeypatch.setattr(tuning, "_name", lambda device: name[0])
+    monkeypatch.setattr(tuning, "gpu", lambda: name[0])
     tuning.table.cache_clear()
     yield name
     monkeypatch.undo()

@@ -6,6 +6,7 @@ again.
 """
 
 import csv
+import itertools
 import re
 import subprocess
 import sys
@@ -28,6 +29,7 @@ FIELDS = ("kernel", "configuration", "arch", "registers", "stack", "shared", "in
 TYPES = {"slab": "*fp32", "mask": "*u8", "keys": "*i64", "counts": "*i32", "overflows": "*i32", "indices": "*i32"}
 TYPES |= {"groups": "*fp32", "names": "*i32", "fills": "*i32"}
 TYPES |= dict.fromkeys(("order", "starts", "first_chunk", "chunks", "first_slot", "latent_of"), "*i64")
+LENGTHS = tuple(1 << n for n in range(5, 13))  # of rows, one per bucket of tuning.py
 ROW_LENGTHS = ("d_in", "d_out", "d")
 WIDE = {"fp64": "fp64"}
 # the statistics count in 64 bits what the selection counts in 32
@@ -43,8 +45,22 @@ def types(dtype: str) -> dict[str, str]:
 
 
 def kernels():
-    """kernel, dtype, constants, warps, stages of every configuration that the launchers choose from."""
-    for P, plan in tuning.SELECT.items():
+    """kernel, dtype, constants, warps, stages of every configuration that the launchers choose from, each once: on a
+    GPU of which nothing is known, and on each one in tuning.json.
+    """
+    seen = set()
+    for gpu in (None, *tuning.table()):
+        tuning.gpu = lambda gpu=gpu: gpu
+        for case in configurations():
+            name = case[0].__name__, configuration(*case)
+            if name not in seen:
+                seen.add(name)
+                yield case
+
+
+def configurations():
+    for P in tuning.SELECT:
+        plan = tuning.select_plan(P // 3)
         for activation in (topk_select.ABS, topk_select.RELU) if P == 128 else (topk_select.ABS,):
             select = {"ACTIVATION": activation, "HAS_BIAS": True, "HAS_MASK": True, "P": P}
             aligned = {**select, "ALIGNED": True, "ROWS": plan.ROWS}
@@ -60,10 +76,8 @@ def kernels():
     yield topk_select.write_codes, "bf16", {"ACTIVATION": topk_select.ABS, "P": 1024}, 4, 3
     for dtype, size in (("fp32", 4), ("bf16", 2), ("fp16", 2), ("fp64", 8)):
         acc = {"ACC": tl.float64 if dtype == "fp64" else tl.float32}
-        for width in tuning.WIDTHS:
+        for width in LENGTHS:
             plan = tuning.decode_plan(width, size)
-            if plan.BLOCK_D != width:
-                continue
             tile = {"ROWS": plan.ROWS, "BLOCK_D": plan.BLOCK_D, "UNROLL": plan.UNROLL}
             yield sparse_decode.decode, dtype, {**acc, **tile, "HAS_BIAS": True}, plan.warps, 3
             for k in (4, 16):
@@ -83,9 +97,11 @@ def kernels():
 
 
 def fused_kernels():
-    for P, plan in tuning.SELECT.items():
-        for dtype, size, precisions in (("bf16", 2, ("ieee",)), ("fp16", 2, ("ieee",)), ("fp32", 4, ("ieee", "tf32"))):
-            tile = tuning.TILE[size]
+    dtypes = (("bf16", 2, ("ieee",)), ("fp16", 2, ("ieee",)), ("fp32", 4, ("ieee", "tf32")))
+    for P, d_in in itertools.product(tuning.SELECT, LENGTHS):
+        plan = tuning.select_plan(P // 3)
+        for dtype, size, precisions in dtypes:
+            tile = tuning.fused_tile(d_in, size)
             common = {"ACTIVATION": topk_select.ABS, "GROWTH": tile.GROWTH, "P": P}
             block = {"BLOCK_N": tile.BLOCK_N, "LEVELS": tile.LEVELS}
             rest = {"HAS_BIAS": True, "BLOCK_M": tile.BLOCK_M, "BLOCK_D": tile.BLOCK_D, "TILES": tile.TILES}

@@ -27,6 +27,11 @@ def table() -> dict[str, dict[str, dict[str, dict[str, Any]]]]:
     return json.loads(TABLE.read_text())
 
 
+def gpu() -> str | None:
+    """Name of the current GPU."""
+    return _name(torch.cuda.current_device()) if torch.cuda.is_available() else None
+
+
 @cache
 def _name(device: int) -> str:
     return torch.cuda.get_device_name(device)
@@ -50,10 +55,8 @@ def bucket(d: int, element_size: int) -> str:
 
 def _tuned(kind: str, where: str, plan: Plan) -> Plan:
     """The plan with what was measured on this GPU in that bucket in place of the estimates."""
-    fields: dict[str, Any] = {}
-    if table() and torch.cuda.is_available():
-        fields = table().get(_name(torch.cuda.current_device()), {}).get(kind, {}).get(where, {})
-    fields = {**fields, **_trying.get(kind, {})}
+    fields = {**table().get(gpu(), {}).get(kind, {}).get(where, {})} if table() else {}
+    fields |= _trying.get(kind, {})
     return replace(plan, **fields) if fields else plan
 
 

@@ -110,7 +110,9 @@ class ActivationStats:
         self._check_range(indices)
         if values.dtype in (torch.bfloat16, torch.float16):
             values = values.float()
-        self._run(values.contiguous(), indices.contiguous(), ids)
+        state = () if pick(values.device) == "cpu" else (t for t in vars(self).values() if isinstance(t, Tensor))
+        with reference_stats.all_or_nothing(state):
+            self._run(values.contiguous(), indices.contiguous(), ids)
         self._rows, self._next_row = self.rows + values.shape[0], self.next_row + values.shape[0]
 
     def _run(self, values: Tensor, indices: Tensor, ids: Tensor | None) -> None:

@@ -4,6 +4,9 @@ values [N, k] float32 or float64 and indices [N, k] are checked by the caller. A
 value is not 0 and its magnitude is below LIMIT; every state tensor is changed in place.
 """
 
+import contextlib
+from collections.abc import Iterable, Iterator
+
 import torch
 from torch import Tensor
 
@@ -15,6 +18,18 @@ _PAIRS = 1 << 22
 def fired(values: Tensor) -> Tensor:
     """values -> bool of the same shape; False for 0, NaN, Inf and anything of magnitude LIMIT or more."""
     return (values != 0) & (values.abs() < LIMIT)
+
+
+@contextlib.contextmanager
+def all_or_nothing(state: Iterable[Tensor]) -> Iterator[None]:
+    """Around kernels that may run out of memory half way: the tensors are then as they were before."""
+    before = [(t, t.clone()) for t in state]
+    try:
+        yield
+    except BaseException:
+        for t, old in before:
+            t.copy_(old)
+        raise
 
 
 def carry(limbs: Tensor) -> Tensor:
