@@ -102,7 +102,8 @@ def explain(
         h = ranker.states(user)
         slope, score = _slope(ranker.head, h[0], item)
         latents, activations, contributions, constant = _attributed(ranker, user.code, slope)
-        order = contributions.abs().argsort(descending=True, stable=True)[:top]
+        order = contributions.abs().argsort(descending=True, stable=True)
+        order, remaining = order[:top], order[top:]
         edited = [ranker.states(user, suppress(int(latents[f]))) for f in order]
         ranks = _ranks(torch.cat([h, *edited]), ranker.head, item, history)
     bias = 0.0 if ranker.head.bias is None else float(ranker.head.bias[item])
@@ -127,7 +128,7 @@ def explain(
         rank=ranks[0],
         score=score,
         reasons=reasons,
-        others=float(contributions.sum() - contributions[order].sum()),
+        others=float(contributions[remaining].sum()),
         constant=constant,
         left_out=left_out,
         unexplained=score - bias - linear,
