@@ -46,7 +46,8 @@ def test_one_cell_per_combination(ran):
     assert len(set(places)) == 8 and {place[0] for place in places} == {"topk", "published-l2"}
     for one in results:
         assert one.kept == pytest.approx(one.ndcg / one.base_ndcg) and 0 <= one.ndcg <= 1
-        assert 0 < one.l0 <= one.k and -1 <= one.cosine <= 1 and 0 <= one.dead_share <= 1 and one.fvu > 0
+        assert 0 < one.l0 <= one.k and -1 <= one.cosine <= 1 and 0 <= one.dead_share <= 1
+        assert one.fvu > 0 and one.norm_ratio > 0
     assert len({one.base_ndcg for one in results if one.seed == 0}) == 1
     assert {one.base_ndcg for one in results if one.seed == 0} != {one.base_ndcg for one in results if one.seed == 1}
     assert read_cells(config.out / "cells.csv") == results
@@ -236,3 +237,18 @@ def test_a_published_sasrec(tmp_path):
     assert one.d == 8 and one.base_ndcg > 0 and (config.out / "cells.csv").is_file()
     with pytest.raises(ValueError, match="know 100 items, the data has 90"):
         run_grid(replace(config, simulate=(300, 90, 6), out=tmp_path / "other"))
+
+
+def test_norm_ratio(tmp_path):
+    config = small(tmp_path).filled()
+    cell = config.cell(2, 16, 0)
+    parts = stages.split(stages.load_data(cell), cell)
+    model = stages.new_recommender(parts, cell).eval()
+    sae = TopKSAE(8, 16, 16)
+    x = model.encode_histories(*parts.test.inputs.bags())
+    with torch.no_grad():
+        expected = float(sae(x).norm(dim=1).sum() / x.norm(dim=1).sum())
+    assert stages.norm_ratio(model, sae, parts.test.inputs) == pytest.approx(expected, rel=1e-5)
+    model.encoder.out.weight.data.zero_()
+    model.encoder.out.bias.data.zero_()
+    assert stages.norm_ratio(model, sae, parts.test.inputs) != stages.norm_ratio(model, sae, parts.test.inputs)  # NaN

@@ -102,6 +102,7 @@ class CellResult:
     kept: float
     fvu: float
     cosine: float
+    norm_ratio: float
     l0: float
     dead_share: float
     steps: int
@@ -211,12 +212,13 @@ def _run_cell(config, model: nn.Module, parts: Parts, base: dict[str, float], pl
     sae: TopKSAE = train_variant(variant, model, parts, cell, bar.update)
     spliced = stages.ranking(model, parts, sae, k=config.at)
     figures = stages.reconstruction(model, sae, parts.test.inputs).compute()
+    norm = stages.norm_ratio(model, sae, parts.test.inputs)
     trained = stages.reconstruction_as_trained(model, sae, parts, cell).compute()
     ndcg, recall = f"ndcg@{config.at}", f"recall@{config.at}"
     return CellResult(
         variant, width, k, seed, config.d, base[ndcg], base[recall], spliced[ndcg], spliced[recall],
         spliced[ndcg] / base[ndcg] if base[ndcg] else float("nan"),
-        figures["fvu"], figures["cosine"], figures["l0"], trained["dead_share"], config.steps,
+        figures["fvu"], figures["cosine"], norm, figures["l0"], trained["dead_share"], config.steps,
         round(time.perf_counter() - started, 2),
     )  # fmt: skip
 

@@ -40,8 +40,8 @@ def render(results: list["CellResult"], config: "GridConfig", data: str) -> str:
         ),
         section(
             "Direction is not enough",
-            "Each point is a cell: the mean cosine of embedding and reconstruction, and the accuracy that is kept. "
-            "Where the scale is lost, a high cosine can keep little.",
+            "Each point is a cell: the mean cosine of embedding and reconstruction, and the accuracy that is kept. A "
+            "cosine does not see the scale, a nonlinear decoder does; norm, below, is the sum of |x_hat| over that of |x|.",
             plot(_cosine_figure(results)),
         ),
         section("All cells", f"Dead: fired on none of the rows drawn as in training; over {FEW_DEAD:.0%} is marked.",
@@ -115,12 +115,20 @@ def _cosine_figure(results: list["CellResult"]) -> Any:
 
 
 def _table(results: list["CellResult"]) -> str:
-    head = ["variant", "width", "k", "kept", "nDCG", "Recall", "FVU", "cosine", "L0", "dead", "seeds"]
+    head = ["variant", "width", "k", "kept", "nDCG", "Recall", "FVU", "cosine", "norm", "L0", "dead", "seeds"]
     body = []
     for (variant, width, k), group in _groups(results).items():
         columns = [
             spread([getattr(one, name) for one in group], digits)
-            for name, digits in (("kept", 3), ("ndcg", 4), ("recall", 4), ("fvu", 4), ("cosine", 4), ("l0", 1))
+            for name, digits in (
+                ("kept", 3),
+                ("ndcg", 4),
+                ("recall", 4),
+                ("fvu", 4),
+                ("cosine", 4),
+                ("norm_ratio", 2),
+                ("l0", 1),
+            )
         ]
         dead = fmean(one.dead_share for one in group)
         shown = f"<b>{dead:.2%}</b>" if dead > FEW_DEAD else f"{dead:.2%}"

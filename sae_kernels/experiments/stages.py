@@ -47,7 +47,7 @@ class Recipe:
 
 RECIPES = {
     "elsa": Recipe((64, 256), (12, 5), (256, 1024), (3e-3, 3e-3)),
-    "multvae": Recipe((64, 128), (30, 20), (256, 512), (1e-3, 1e-3)),
+    "multvae": Recipe((64, 128), (30, 30), (256, 256), (1e-3, 1e-3)),
     "sasrec": Recipe((64, 64), (8, 20), (128, 128), (1e-3, 1e-3)),
 }
 
@@ -178,6 +178,16 @@ def embeddings(model: nn.Module, histories: Histories, batch: int = 512) -> Iter
 
 def reconstruction(model: nn.Module, sae: TopKSAE, histories: Histories) -> ReconstructionMetrics:
     return reconstruction_metrics(sae, (x for x, _ in embeddings(model, histories)))
+
+
+@torch.no_grad()
+def norm_ratio(model: nn.Module, sae: TopKSAE, histories: Histories) -> float:
+    """sum |x_hat| over sum |x|: 1 where the scale is kept. A cosine does not see it, a nonlinear decoder does."""
+    made = given = 0.0
+    for x, _ in embeddings(model, histories):
+        given += float(x.norm(dim=1).sum())
+        made += float(sae(x).norm(dim=1).sum())
+    return made / given if given else float("nan")
 
 
 def reconstruction_as_trained(model: nn.Module, sae: TopKSAE, parts: Parts, config: Any) -> ReconstructionMetrics:
