@@ -41,7 +41,7 @@ def render(results: list["CellResult"], config: "GridConfig", data: str) -> str:
         section(
             "Direction is not enough",
             "Each point is a cell: the mean cosine of embedding and reconstruction, and the accuracy that is kept. A "
-            "cosine does not see the scale, a nonlinear decoder does; norm, below, is the sum of |x_hat| over that of |x|.",
+            "cosine does not see the scale, a nonlinear decoder does; norm, in the table, is sum |x_hat| / sum |x|.",
             plot(_cosine_figure(results)),
         ),
         section("All cells", f"Dead: fired on none of the rows drawn as in training; over {FEW_DEAD:.0%} is marked.",
