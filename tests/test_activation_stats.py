@@ -298,20 +298,11 @@ def test_bad_input_changes_nothing(change, error, match):
 
 
 def test_out_of_memory_leaves_the_state_as_it_was(monkeypatch):
-    """Plain torch asks for memory between the statistics, when some of them have the batch already."""
-    stats, untouched = stats_of(*codes(30, 5), **FULL), stats_of(*codes(30, 5), **FULL)
-
-    def full(*_):
-        raise torch.OutOfMemoryError("out of memory")
-
-    for name in ("histogram", "cooccurrence"):
-        with monkeypatch.context() as patched, backend("reference"):
-            patched.setattr(reference_stats, name, full)
-            with pytest.raises(torch.OutOfMemoryError):
-                stats.update(*codes(30, 5, seed=1))
-        assert same(stats, untouched)
-    stats.update(*codes(30, 5, seed=1))
-    assert not same(stats, untouched)
+    stats, untouched = (stats_of(*codes(30, 5), **FULL) for _ in range(2))
+    monkeypatch.setattr(reference_stats, "cooccurrence", lambda *_: torch.empty(2**60))
+    with backend("reference"), pytest.raises(RuntimeError, match="memory"):
+        stats.update(*codes(30, 5, seed=1))
+    assert same(stats, untouched)
 
 
 @pytest.mark.parametrize(
@@ -326,7 +317,6 @@ def test_out_of_memory_leaves_the_state_as_it_was(monkeypatch):
         ({"cooccurrence": torch.tensor([D])}, ValueError, r"distinct latents in \[0, 37\)"),
         ({"cooccurrence": torch.tensor([0.5])}, TypeError, "cooccurrence must be bool or an int32"),
         ({"cooccurrence": True, "d_sae": 30_000}, ValueError, "7.2 GB, more than the 4.3 GB .* at most 23170 latents"),
-        ({"cooccurrence": torch.arange(30_000), "d_sae": 99_999}, ValueError, "among 30000 latents takes 7.2 GB"),
     ],
 )
 def test_bad_settings(settings, error, match):

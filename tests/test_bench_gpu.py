@@ -136,6 +136,7 @@ def test_no_comparison_begins_when_the_time_is_up(tmp_path, monkeypatch):
     monkeypatch.setattr(cells.subprocess, "run", lambda *_, **__: pytest.fail("a process was started"))
     state = cells.State("cpu", str(tmp_path), FACTS, [], {}, time.time() + 1)
     cells.measure_all(state, tmp_path / "state.json")
+    assert cells.State.load(tmp_path / "state.json").current is None and not list(tmp_path.glob("*.csv"))
 
 
 def test_the_plan_puts_the_issue_s_table_first():

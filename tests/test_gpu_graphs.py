@@ -45,11 +45,14 @@ def weight_gradients() -> tuple:
 @pytest.mark.parametrize("path", ["fused", "slab", "sort"])
 def test_no_launch_path_asks_the_device(monkeypatch, path):
     """Every way from a tensor to a Python number is closed; overflowing rows are found by kernels alone."""
-    for name in ("tolist", "item", "nonzero", "__bool__", "__int__", "__index__", "__float__", "cpu", "numpy"):
-        monkeypatch.setattr(torch.Tensor, name, lambda *_, name=name: pytest.fail(f"{name} waits for the device"))
-    encode_and_decode(*tensors()[:3], path)
-    if path == "fused":
-        weight_gradients()
+    with monkeypatch.context() as watched:
+        for name in ("tolist", "item", "nonzero", "__bool__", "__int__", "__index__", "__float__", "cpu", "numpy"):
+            watched.setattr(torch.Tensor, name, lambda *_, name=name: pytest.fail(f"{name} waits for the device"))
+        values = encode_and_decode(*tensors()[:3], path)[0]
+        gradients = weight_gradients() if path == "fused" else ()
+    x, W, b, _ = tensors()
+    torch.testing.assert_close(values, torch.relu(x @ W.mT + b).topk(K).values, rtol=1e-4, atol=1e-4)
+    assert all(bool(g.any()) for g in gradients)
 
 
 if DEVICE == "cuda":
@@ -121,8 +124,10 @@ if DEVICE == "cuda":
         sae = sk.TopKSAE(D_IN, D_SAE, K, device=DEVICE)
         x = tensors()[0]
         sae.loss(x).loss.backward()
+        before = sae.W_enc.grad.clone()
         torch.cuda.set_sync_debug_mode("error")
         try:
             sae.loss(x).loss.backward()
         finally:
             torch.cuda.set_sync_debug_mode("default")
+        torch.testing.assert_close(sae.W_enc.grad, 2 * before)  # the second step's gradient came on top
