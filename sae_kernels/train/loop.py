@@ -108,20 +108,9 @@ def fit(
     feed = part_of(as_source(source, batch_size, seed), *ranks.part)
     dtype = None if compute_dtype is None else str(compute_dtype).removeprefix("torch.")
     recipe = Recipe(
-        steps,
-        batch_size,
-        rates[next(iter(saes))],
-        tuple(betas),
-        warmup,
-        decay,
-        clip,
-        seed,
-        log_every,
-        validate_every,
-        patience,
-        dtype,
-        feed.describe(),
-    )
+        steps, batch_size, rates[next(iter(saes))], tuple(betas), warmup, decay, clip, seed, log_every, validate_every,
+        patience, dtype, feed.describe(),
+    )  # fmt: skip
     members = {name: Member(m, replace(recipe, lr=rates[name]), ranks, device) for name, m in saes.items()}
     if isinstance(validate, Tensor):
         validate = _held_out_fvu(validate, device)
@@ -143,6 +132,8 @@ def _checked_grid(saes: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
     widths = {name: sae.d_in for name, sae in saes.items()}
     if len(set(widths.values())) > 1:
         raise ValueError(f"the SAEs of a grid see the same batches: one d_in, got {widths}")
+    if len({getattr(sae, "shard_group", None) for sae in saes.values()}) > 1:
+        raise ValueError("the SAEs of a grid must all be whole, or all be spread over the same processes")
     return dict(saes)
 
 

@@ -63,8 +63,10 @@ class Member:
         self.objective: nn.Module = _Objective(self.sae, dtype)
         if ranks.data is not None:
             self.objective = nn.parallel.DistributedDataParallel(
-                self.objective, process_group=ranks.data, broadcast_buffers=False, gradient_as_bucket_view=True
+                self.objective, process_group=ranks.data, gradient_as_bucket_view=True
             )
+            # the first one's buffers at the start; from then on they are kept equal as they change
+            self.objective.broadcast_buffers = False
 
     def __enter__(self) -> "Member":
         self.sae.data_group, self._handle = self.ranks.data, self.sae.constrain(self.optimizer)

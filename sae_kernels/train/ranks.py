@@ -19,11 +19,20 @@ T = TypeVar("T")
 @dataclass(frozen=True)
 class Ranks:
     """data: the group whose processes take each a part of every batch; shard: the one whose processes hold each a part
-    of the latents. None: this process alone. Where both are given, each process of one shard group has another data
-    group."""
+    of the latents. None: this process alone. Raises ValueError where they have more than this process in common."""
 
     data: ProcessGroup | None = None
     shard: ProcessGroup | None = None
+
+    def __post_init__(self) -> None:
+        if self.data is None or self.shard is None:
+            return
+        shared = set.intersection(*(set(torch.distributed.get_process_group_ranks(group)) for group in self.groups))
+        if shared != {torch.distributed.get_rank()}:
+            raise ValueError(
+                "group: those that share a batch must each hold another copy of the SAE, and processes "
+                f"{sorted(shared)} share its latents too"
+            )
 
     @property
     def groups(self) -> list[ProcessGroup]:
