@@ -9,24 +9,11 @@
 
 #include <numeric>
 
+#include "cpu/encode_few.h"
 #include "cpu/latent_sums.h"
 #include "cpu/topk_tiles.h"
 
 namespace sae_kernels {
-
-// All pointers are contiguous row-major; d_sae, d_in, rows, k as in the contract. Fixed: only latents above their own one of
-// thresholds [d_sae] compete, and counts [rows] says how many do.
-template <class T, class V = T, bool Fixed = false> struct EncodeArgs {
-  using Input = T;
-  static constexpr bool kFixed = Fixed;
-  const T* x; const T* W; const T* bias;  // bias may be null
-  int64_t rows, d_in, d_sae, k;
-  int activation;
-  const int32_t* competitors; int64_t n_competitors; const int32_t* rest;  // competitors null: all
-  V* values; int32_t* indices;
-  const double* thresholds = nullptr;  // no NaN; at least 0 under relu and abs
-  int32_t* counts = nullptr;
-};
 
 namespace SK_ISA {
 
@@ -175,101 +162,44 @@ template <class Args> void encode_many(const Args& args) {
   }
 }
 
-// Dot products of 4 latents with up to 4 rows, along d_in, straight from W_enc.
-template <class T, int R, bool Ahead>
-inline void dot4(const T* const (&w)[4], const Acc<T>* x, int64_t d_in, Acc<T> (&out)[4][R]) {
-  using A = Acc<T>;
-  constexpr int L = kLanes<A>;
-  Vec<A> acc[4][R] = {};
-  int64_t c = 0;
-  for (; c + L <= d_in; c += L) {
-    Vec<A> wide[4];
-#pragma GCC unroll 4
-    for (int f = 0; f < 4; ++f) wide[f] = load(w[f] + c);
-    if (Ahead)
-#pragma GCC unroll 4
-      for (int f = 0; f < 4; ++f) __builtin_prefetch(w[f] + c + 8 * d_in);  // the rows after the next four
-#pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) {
-      const Vec<A> row = load(x + r * d_in + c);
-#pragma GCC unroll 4
-      for (int f = 0; f < 4; ++f) acc[f][r] += wide[f] * row;
-    }
-  }
-  for (int f = 0; f < 4; ++f)
-    for (int r = 0; r < R; ++r) {
-      A sum = horizontal_sum<A>(acc[f][r]);
-      for (int64_t i = c; i < d_in; ++i) sum += to_acc(w[f][i]) * x[r * d_in + i];
-      out[f][r] = sum;
-    }
-}
-
-template <int R, class Args, class A>
-void filter_rows(const Args& args, const A* x, const int32_t (&latents)[4], int n, Row<A>* state, int32_t* passed,
-                 const Candidates<A>& candidates) {
-  using T = typename Args::Input;
-  const T* w[4];
-  for (int f = 0; f < 4; ++f) w[f] = args.W + latents[f < n ? f : 0] * args.d_in;
-  A scores[4][R];
-  dot4<T, R, R == 1>(w, x, args.d_in, scores);
-  for (int f = 0; f < n; ++f) {
-    const A bias = args.bias ? to_acc(args.bias[latents[f]]) : A(0);
-    for (int r = 0; r < R; ++r) {
-      const A pre = scores[f][r] + bias;
-      const bool negative = args.activation == kAbs && pre < 0;
-      const A score = negative ? -pre : pre;
-      if constexpr (Args::kFixed) {
-        if (score <= static_cast<A>(args.thresholds[latents[f]])) continue;
-        ++passed[r];
-      } else if (score < state[r].threshold) continue;
-      const Rank<A> rank = rank_of(score);
-      if (state[r].beaten_by(rank, latents[f])) state[r].add(rank, tag_of(latents[f], negative), candidates.row(r), args.k);
-    }
-  }
-}
-
 template <class Args> void encode_few(const Args& args) {
   using A = Acc<typename Args::Input>;
-  const int64_t d_in = args.d_in, k = args.k, rows = args.rows;
+  constexpr int L = kLanes<A>;
+  const int64_t d_in = args.d_in, k = args.k, n_rows = args.rows, stride = (d_in + L - 1) / L * L;
   const Competitors competitors{args.competitors, args.n_competitors, args.rest};
-  const int64_t quads = (competitors.count + 3) / 4;
   // a thread that sleeps can take milliseconds to come: it is called for a few million multiply-adds, not for less
-  const int64_t workers = std::clamp<int64_t>(rows * competitors.count * d_in / kWorkOfOne, 1, num_threads());
-  const int64_t capacity = capacity_of<A>(k);
+  const int64_t workers = std::clamp<int64_t>(n_rows * competitors.count * d_in / kWorkOfOne, 1, num_threads());
 
   // one state per worker and row; the first worker's then takes in the others'
-  Buffer<A> x(rows * d_in);
-  Buffer<Row<A>> state(workers * rows);
-  Buffer<int32_t> passed(workers * rows);
-  const CandidateBuffer<A> candidates(workers * rows, capacity);
+  Buffer<A> x(n_rows * stride), bars(workers * n_rows * L);
+  Buffer<Row<A>> state(workers * n_rows);
+  Buffer<int32_t> passed(workers * n_rows);
+  const CandidateBuffer<A> candidates(workers * n_rows, capacity_of<A>(k));
   Buffer<Key<A>> keys(key_room<A>(k));
-  for (int64_t i = 0; i < rows * d_in; ++i) x[i] = to_acc(args.x[i]);
-  for (int64_t i = 0; i < workers * rows; ++i) state[i].reset(Args::kFixed ? kNone : args.activation);
-  std::fill(passed.p, passed + workers * rows, 0);
+  for (int64_t r = 0; r < n_rows; ++r)
+    for (int64_t c = 0; c < stride; ++c) x[r * stride + c] = c < d_in ? to_acc(args.x[r * d_in + c]) : A(0);
 
   // scattered runs, each long enough for the hardware to stream
-  constexpr int64_t kRun = 16;
-  const int64_t runs = (quads + kRun - 1) / kRun;
+  constexpr int64_t kRun = 64;
+  const int64_t runs = (competitors.count + kRun - 1) / kRun;
   const Scatter scatter(runs);
   parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
     for (int64_t w = begin; w < end; ++w) {
-      for (int64_t i = runs * w / workers * kRun; i < runs * (w + 1) / workers * kRun; ++i) {
-        const int64_t first = (scatter(i / kRun) * kRun + i % kRun) * 4, mine = w * rows;
-        if (first >= competitors.count) continue;
-        const int n = static_cast<int>(std::min<int64_t>(4, competitors.count - first));
-        int32_t latents[4] = {};
-        for (int j = 0; j < n; ++j) latents[j] = competitors[first + j];
-        int64_t r = 0;
-        for (; r + 4 <= rows; r += 4)
-          filter_rows<4>(args, x + r * d_in, latents, n, state + (mine + r), passed + (mine + r), candidates.row(mine + r));
-        for (; r < rows; ++r)
-          filter_rows<1>(args, x + r * d_in, latents, n, state + (mine + r), passed + (mine + r), candidates.row(mine + r));
+      const int64_t place = w * n_rows;
+      const FewRows<A> mine{x.p, stride, state + place, bars + place * L, passed + place, candidates.row(place)};
+      for (int64_t r = 0; r < n_rows; ++r) {
+        mine.state[r].reset(Args::kFixed ? kNone : args.activation);
+        mine.passed[r] = 0;
+      }
+      for (int64_t i = runs * w / workers; i < runs * (w + 1) / workers; ++i) {
+        const int64_t first = scatter(i) * kRun;
+        filter_run(args, mine, n_rows, competitors, first, std::min(first + kRun, competitors.count));
       }
     }
   });
-  for (int64_t r = 0; r < rows; ++r) {
-    merge_rows(state.p, candidates, r, rows, workers, k);
-    if constexpr (Args::kFixed) args.counts[r] = total_passed(passed.p, r, rows, workers);
+  for (int64_t r = 0; r < n_rows; ++r) {
+    merge_rows(state.p, candidates, r, n_rows, workers, k);
+    if constexpr (Args::kFixed) args.counts[r] = total_passed(passed.p, r, n_rows, workers);
     finish_row(args, r, state[r], candidates.row(r), keys.p, competitors);
   }
 }
