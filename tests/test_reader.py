@@ -142,6 +142,19 @@ def test_shuffle_statistics(tmp_path):
     assert int((order.diff().abs() == 1).sum()) < 100 * epochs
 
 
+def test_a_store_behind_a_url_is_read_shard_by_shard(tmp_path, store):
+    pytest.importorskip("fsspec")
+    path = f"memory://{tmp_path.name}"
+    with RowWriter(path, 3, shard_rows=97) as writer:
+        writer.add(store.read(slice(0, ROWS)))
+    reader = ShuffledReader(ActivationStore.open(path), 64, lanes=4)
+    assert reader.piece_rows == 97
+    rows = drawn(reader, 2 * ROWS // 64 + 1)[: 2 * ROWS].reshape(2, ROWS)
+    for epoch in rows:
+        assert torch.equal(epoch.sort().values, torch.arange(ROWS))
+    assert not torch.equal(*rows)
+
+
 def activations(d=8):
     g = torch.Generator().manual_seed(3)
     atoms = torch.nn.functional.normalize(torch.randn(16, d, generator=g), dim=1)

@@ -204,6 +204,8 @@ def from_model(
     (several) or a dict (keyword arguments). mask and positions as in `record`: padded positions never enter.
     Rows pass through a buffer of buffer_batches * batch_size rows that is shuffled each time it is full, so that the
     positions of one sequence do not fill one batch. The model runs without gradients, in eval mode for the call.
+    Where several processes train together each of them runs the model on all inputs and takes its rows of what comes
+    out: extract the activations once where the model is what costs.
     """
     return ModelSource(model, name, batches, mask, positions, batch_size, buffer_batches, seed)
 
