@@ -237,6 +237,14 @@ def test_a_published_sasrec(tmp_path):
     assert one.d == 8 and one.base_ndcg > 0 and (config.out / "cells.csv").is_file()
     with pytest.raises(ValueError, match="know 100 items, the data has 90"):
         run_grid(replace(config, simulate=(300, 90, 6), out=tmp_path / "other"))
+    with pytest.raises(FileNotFoundError, match="no such folder"):
+        run_grid(replace(config, data=tmp_path / "nowhere", out=tmp_path / "other"))
+    timeless = replace(stages.load_data(cell), order=None)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stages, "load_data", lambda cell: timeless)
+        with pytest.raises(ValueError, match="no time order, which sasrec needs"):
+            run_grid(replace(config, out=tmp_path / "other"))
+    assert not (tmp_path / "other").exists()
 
 
 def test_norm_ratio(tmp_path):

@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from .._need import need
-from ..data import leave_last_out
+from ..data import Interactions, leave_last_out
 from ..nn import TopKSAE
 from ..recommenders import SASRec
 from . import stages
@@ -121,6 +121,8 @@ def run_grid(config: GridConfig) -> list[CellResult]:
     need("safetensors", "the grid", "demo")
     need("plotly", "the grid's page", "demo")
     config = config.filled()
+    # before anything is written: data that does not go with the model leaves no folder behind
+    data = _data(config, config.seeds[0])
     _begin(config)
     wanted = list(product(config.seeds, config.variants, config.width, config.k))
     results = {one.place: one for one in read_cells(config.out / "cells.csv")}
@@ -137,7 +139,7 @@ def run_grid(config: GridConfig) -> list[CellResult]:
                 results[one.place] = one
                 _write_cells(results.values(), config.out / "cells.csv")
     chosen = [results[(*cell[1:], cell[0])] for cell in wanted]
-    write_grid_page(chosen, config, stages.load_data(config.cell(config.width[0], config.k[0], 0)).describe())
+    write_grid_page(chosen, config, data.describe())
     return chosen
 
 
@@ -180,12 +182,9 @@ def _write_cells(results: Iterable[CellResult], path: Path) -> None:
 
 def _recommender(config: GridConfig, seed: int, bar: "_Bar") -> tuple[nn.Module, Parts]:
     """The base model of one seed, trained unless an earlier run left it or --weights brings it."""
-    cell = config.cell(config.width[0], config.k[0], seed)
-    data = stages.load_data(cell)
+    cell, data = config.cell(config.width[0], config.k[0], seed), _data(config, seed)
     if config.weights is not None:
         model = _published_sasrec(config.weights)
-        if model.n_items != data.n_items:
-            raise ValueError(f"--weights {config.weights} know {model.n_items} items, the data has {data.n_items}")
         test = leave_last_out(data.histories())
         return model, Parts(data, test.inputs, test)
     parts = stages.split(data, cell)
@@ -196,6 +195,16 @@ def _recommender(config: GridConfig, seed: int, bar: "_Bar") -> tuple[nn.Module,
         stages.train_recommender(model, parts, cell, bar.over(f"{config.model}, seed {seed}"))
         stages.save_recommender(model, path)
     return model, parts
+
+
+def _data(config: GridConfig, seed: int) -> Interactions:
+    """The interactions; ValueError where they do not go with the model or its weights."""
+    data = stages.load_data(config.cell(config.width[0], config.k[0], seed))
+    if config.model == "sasrec" and data.order is None:
+        raise ValueError(f"{data.name} has no time order, which sasrec needs: take elsa or multvae")
+    if config.weights is not None and (known := _published_sasrec(config.weights).n_items) != data.n_items:
+        raise ValueError(f"--weights {config.weights} know {known} items, the data has {data.n_items}")
+    return data
 
 
 def _published_sasrec(path: Path) -> SASRec:
