@@ -9,7 +9,9 @@ import torch
 from . import _native
 
 # the GPU on which each op's results have been checked against its oracle; None: not yet on any
-GPU_VERIFIED: dict[str, str | None] = {"topk_encode": None, "sparse_decode": None, "ActivationStats": None}
+GPU_VERIFIED: dict[str, str | None] = dict.fromkeys(
+    ("topk_encode", "threshold_encode", "batch_topk_encode", "sparse_decode", "ActivationStats")
+)
 
 
 def info() -> dict[str, Any]:

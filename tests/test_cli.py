@@ -249,7 +249,8 @@ def test_info(capsys):
             None,
             _native.cpu_error,
         )
-    assert set(facts["gpu_verified"]) == {"topk_encode", "sparse_decode", "ActivationStats"}
+    ops = {"topk_encode", "threshold_encode", "batch_topk_encode", "sparse_decode", "ActivationStats"}
+    assert set(facts["gpu_verified"]) == ops
     with backend("reference"):
         assert info()["backend"] == "reference" and "forced" in format_info(info())
     assert cli.main(["info", "--json"]) == 0

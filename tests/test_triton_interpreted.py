@@ -23,7 +23,8 @@ def run(*args, **environment):
 
 @needs_triton
 @pytest.mark.parametrize(
-    "name", ["triton_topk_encode", "triton_sparse_decode", "triton_activation_stats", "gpu_graphs"]
+    "name",
+    ["triton_topk_encode", "triton_threshold_encode", "triton_sparse_decode", "triton_activation_stats", "gpu_graphs"],
 )
 def test_kernels_in_the_interpreter(name):
     code, out = run("-m", "pytest", "-q", "-x", str(HERE / f"test_{name}.py"), TRITON_INTERPRET="1")

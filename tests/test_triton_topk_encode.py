@@ -111,7 +111,7 @@ def test_rows_that_overflow_are_done_over_and_counted(monkeypatch, small_chunks,
     x, W, b = small_integers(6, 9, 250, torch.float32)
     b = b + torch.arange(250) % 64  # no ties at the bound
     values, indices = x.new_empty(6, 60, device=DEVICE), torch.empty(6, 60, dtype=torch.int32, device=DEVICE)
-    overflows = kernel._by_slabs(*on_device(x, W, b), 60, activation, None, values, indices)
+    overflows = kernel.by_slabs(*on_device(x, W, b), 60, activation, None, values, indices)
     assert int(overflows) > 6
     assert_same((values.cpu(), indices.cpu()), reference.topk_encode(x, W, b, 60, ACTIVATIONS[activation]))
 

@@ -2,8 +2,9 @@
 //
 // Per block of at most 8 MiB of W_enc, packed once and read from the last-level cache by all rows; per tile of rows, packed
 // into the second-level cache; per MR x NR register tile over the whole of d_in. A finished register tile is compared with
-// its rows' thresholds and dropped unless something passes: pre-activations are never stored. Panels of latents are visited
-// in a scattered order, so that scores sorted by latent raise the threshold as fast as random ones.
+// its rows' thresholds (with its latents' own where those are given) and dropped unless something passes: pre-activations
+// are never stored. Panels of latents are visited in a scattered order, so that scores sorted by latent raise the threshold
+// as fast as random ones.
 // Few rows take another way (encode_few): dot products straight from W_enc, latents split over the threads.
 #pragma once
 

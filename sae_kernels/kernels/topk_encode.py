@@ -1,5 +1,7 @@
 """topk_encode in Triton: which path, and the two that go through slabs of pre-activations."""
 
+from collections.abc import Callable
+
 import torch
 import triton
 from torch import Tensor
@@ -8,6 +10,8 @@ from . import tuning
 from .product import product
 from .topk_encode_fused import precision, topk_encode_fused
 from .topk_select import Selection, write_codes, write_keys
+
+Screen = Callable[[Tensor, int, int], None]
 
 
 def topk_encode(
@@ -22,7 +26,7 @@ def topk_encode(
     indices = x.new_empty(x.shape[0], k, dtype=torch.int32)
     if x.shape[0] > 0:
         chosen = _pick(x.shape[1], W.shape[0], k, mask is not None, x.dtype) if path == "auto" else path
-        run = {"fused": _fused, "slab": _by_slabs, "sort": _by_sorting}[chosen]
+        run = {"fused": _fused, "slab": by_slabs, "sort": by_sorting}[chosen]
         run(x, W, b, k, activation, mask, values, indices)
     return values, indices
 
@@ -44,8 +48,10 @@ def _fused(x, W, b, k, activation, mask, values, indices) -> Tensor:
     return topk_encode_fused(x, W, b, k, activation, values, indices)
 
 
-def _by_slabs(x, W, b, k, activation, mask, values, indices) -> Tensor:
-    """Returns how many rows were done over, on the device."""
+def by_slabs(x, W, b, k, activation, mask, values, indices, screen: Screen | None = None) -> Tensor:
+    """Returns how many rows were done over, on the device. screen(slab, row, latent) may change a slab before the
+    choice; it is told the slab's first row and latent.
+    """
     d_sae = W.shape[0]
     rows, columns = tuning.slab_shape(x.shape[0], d_sae, x.element_size())
     space = x.new_empty(rows * columns, dtype=torch.float32)
@@ -57,13 +63,15 @@ def _by_slabs(x, W, b, k, activation, mask, values, indices) -> Tensor:
             W_part = W[first : first + columns]
             pre = space[: part.shape[0] * W_part.shape[0]].view(part.shape[0], W_part.shape[0])
             product(part, W_part, pre)
+            if screen is not None:
+                screen(pre, top, first)
             best.slab(pre, first, aligned=d_sae % 16 == 0)
             last = first + columns >= d_sae
             best.rank(part.shape[0], *((values[top : top + rows], indices[top : top + rows]) if last else ()))
     return best.overflows
 
 
-def _by_sorting(x, W, b, k, activation, mask, values, indices) -> None:
+def by_sorting(x, W, b, k, activation, mask, values, indices, screen: Screen | None = None) -> None:
     """Any k: torch.topk over the distinct keys of as many whole rows as the workspace holds."""
     d_sae, P = W.shape[0], 1024
     nbytes = tuning.slab_plan(x.element_size()).nbytes
@@ -76,6 +84,8 @@ def _by_sorting(x, W, b, k, activation, mask, values, indices) -> None:
         part = x[top : top + rows]
         n = part.shape[0]
         product(part, W, space[:n])
+        if screen is not None:
+            screen(space[:n], top, 0)
         write_keys[(n, triton.cdiv(d_sae, P))](
             space, bias, bytes_mask, keys, n, d_sae,
             ACTIVATION=activation, HAS_BIAS=b is not None, HAS_MASK=mask is not None, P=P,

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import _autocast, _checks, reference
-from ._backend import pick
+from ._backend import pick, triton_or
 from .topk_encode import ACTIVATIONS, check_encoder, encoder_grads
 
 _PLAIN_CELLS = 2**20
@@ -15,15 +15,16 @@ _lib = torch.library.Library("sae_kernels", "FRAGMENT")
 _ARGUMENTS = (
     "Tensor x, Tensor W_enc, Tensor? b_enc, Tensor threshold, int max_active, int activation, Tensor? latent_mask"
 )
-_lib.define(f"threshold_encode({_ARGUMENTS}) -> (Tensor, Tensor, Tensor)")
-_lib.define(f"threshold_encode_triton({_ARGUMENTS}) -> (Tensor, Tensor, Tensor)")
+for _suffix in ("", "_triton", "_cuda"):
+    _lib.define(f"threshold_encode{_suffix}({_ARGUMENTS}) -> (Tensor, Tensor, Tensor)")
 _forward = {
     "cpu": torch.ops.sae_kernels.threshold_encode.default,
     "triton": torch.ops.sae_kernels.threshold_encode_triton.default,
-    "cuda": torch.ops.sae_kernels.threshold_encode_triton.default,
+    "cuda": torch.ops.sae_kernels.threshold_encode_cuda.default,
 }
 
 
+@torch.library.register_fake("sae_kernels::threshold_encode_cuda", lib=_lib)
 @torch.library.register_fake("sae_kernels::threshold_encode_triton", lib=_lib)
 @torch.library.register_fake("sae_kernels::threshold_encode", lib=_lib)
 def _forward_fake(x, W_enc, b_enc, threshold, max_active, activation, latent_mask):
@@ -97,7 +98,6 @@ def threshold_with(backend: str, x, W_enc, b_enc, limit, max_active, activation,
     if backend == "reference":
         with _autocast.switched_off(x.device):
             return reference.threshold_encode(x, W_enc, b_enc, limit, max_active, activation, latent_mask)
-    # no CUDA C++ kernel yet: that backend takes the Triton op, whose fallback is plain torch by blocks of rows
     return _forward[backend](x, W_enc, b_enc, limit, max_active, ACTIVATIONS.index(activation), latent_mask)
 
 
@@ -111,7 +111,17 @@ def _plain_forward(x, W_enc, b_enc, threshold, max_active, activation, latent_ma
     return tuple(torch.cat(part) for part in zip(*parts, strict=True))
 
 
-_lib.impl("threshold_encode_triton", _plain_forward, "CompositeExplicitAutograd")
+def _triton_forward(x, W_enc, b_enc, threshold, max_active, activation, latent_mask):
+    from ..kernels import threshold_encode as kernel
+
+    if x.dtype == torch.float64:  # the kernels' keys hold 32 bits of score
+        return _plain_forward(x, W_enc, b_enc, threshold, max_active, activation, latent_mask)
+    with _autocast.switched_off(x.device):
+        return kernel.threshold_encode(x, W_enc, b_enc, threshold, max_active, activation, latent_mask)
+
+
+_lib.impl("threshold_encode_triton", triton_or(_triton_forward, _plain_forward), "CompositeExplicitAutograd")
+_lib.impl("threshold_encode_cuda", _plain_forward, "CompositeExplicitAutograd")  # no CUDA C++ kernel yet
 
 
 class _ThresholdEncode(torch.autograd.Function):
