@@ -61,7 +61,7 @@ def test_correctness_comes_first(rehearsal):
     assert (
         "not timed, topk_encode: skipped: the tests of topk_encode" in done.stdout and "ceiling, float32" in done.stdout
     )
-    assert "sparse_decode forward, 4 x 8 x 40" in (out / "profile.txt").read_text()
+    assert "sparse_decode forward, 4 x 8 x 40" in (out / "log.txt").read_text()
     assert not (out / "state.json").exists()
 
 

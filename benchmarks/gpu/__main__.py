@@ -3,13 +3,14 @@
     python -m benchmarks.gpu --out DIR                      build, test, time; ends within --minutes (8)
     python -m benchmarks.gpu --out DIR --tune               sweep the Triton configurations -> DIR/tuning.json
     python -m benchmarks.gpu --out DIR --resume EARLIER --profile
-                                                            what EARLIER lacks; time per kernel -> DIR/profile.txt
+                                                            what EARLIER lacks, then the time per kernel
 
 Needs torch, Triton, pytest and, for the CUDA C++ kernels, nvcc; no network. Rows go to DIR/<device>/<op>.csv as they
-are measured. These three, in that order, are what a first look at a new GPU takes, ten minutes each; in between, copy
-DIR/tuning.json to sae_kernels/kernels/tuning.json, so that the third one measures with it (under another commit, so
-that the rows of the first are measured again). What becomes part of the repository are the rows, in
-benchmarks/results/<device>/. `--device cpu` rehearses all this in Triton's interpreter.
+are measured, what the build, the tests and the profile say to DIR/log.txt. These three, in that order, are what a first
+look at a new GPU takes, ten minutes each; in between, copy DIR/tuning.json to sae_kernels/kernels/tuning.json, so that
+the third one measures with it (under another commit, so that the rows of the first are measured again). What becomes
+part of the repository are the rows, in benchmarks/results/<device>/. `--device cpu` rehearses all this in Triton's
+interpreter.
 """
 
 import argparse
@@ -93,7 +94,8 @@ def main(arguments: list[str] | None = None) -> int:
 
         first = first_of_each_op(plan(chosen.device, tuple(chosen.op)))
         text = profiled([cell for cell in first if cell.op not in (*shut, "first_call")], chosen.device)
-        (out / "profile.txt").write_text(text + "\n")
+        with (out / "log.txt").open("a") as log:
+            log.write(text + "\n")
         print(f"\n{text}", flush=True)
     print(f"{time.time() - start:.0f} s; rows in {folder}/", flush=True)
     return 1 if shut else 0
