@@ -13,7 +13,7 @@ from ranks import run_ranks
 from torch.nn.functional import normalize
 
 from sae_kernels import cli
-from sae_kernels.nn.sae import TopKSAE
+from sae_kernels.nn import BatchTopKSAE, JumpReLUSAE, TopKSAE
 from sae_kernels.train import Interrupted, fit, load_sae
 
 D_IN, D_SAE, K = 8, 32, 4
@@ -34,21 +34,23 @@ def activations(rows=300):
     return (torch.rand(rows, 16, generator=g) * (torch.rand(rows, 16, generator=g) < 0.15)) @ atoms
 
 
-def new_sae(**options):
+def new_sae(kind=TopKSAE, **options):
     # latents die soon, so that AuxK has its part in the gradients
     settings = {"dead_after": 100, "k_aux": 3, "aux_rows": 11, "normalize": "standardize", **options}
-    return TopKSAE(D_IN, D_SAE, K, generator=torch.Generator().manual_seed(1), **settings)
+    return kind(D_IN, D_SAE, K, generator=torch.Generator().manual_seed(1), **settings)
 
 
 def largest_difference(a, b):
     return max((a[key].double() - b[key].double()).abs().max().item() for key in a)
 
 
-def _shares(rank, size):
+def _shares(rank, size, kind):
     """The loss, its parts and its gradients, added up over the processes."""
     x, weight = activations(45), torch.rand(45, generator=torch.Generator().manual_seed(2)).round(decimals=1)
-    whole, part = new_sae().double(), new_sae().double()
+    whole, part = new_sae(kind).double(), new_sae(kind).double()
     for sae in (whole, part):
+        if kind is JumpReLUSAE:
+            sae.init_threshold(2 * x.double())
         sae.rows_since_fired[5:20] = 200
     part.data_group = dist.group.WORLD
     expected = whole.loss(x.double(), weight.double())
@@ -67,8 +69,24 @@ def _shares(rank, size):
     assert (whole.rows_since_fired > 0).any() and (whole.rows_since_fired == 0).any()
 
 
-def test_shares_of_the_loss_add_up(tmp_path):
-    assert run_ranks(4, tmp_path, _shares) == [None] * 4
+@pytest.mark.parametrize("kind", [TopKSAE, JumpReLUSAE])
+def test_shares_of_the_loss_add_up(tmp_path, kind):
+    assert run_ranks(4, tmp_path, _shares, kind) == [None] * 4
+
+
+def _thresholds(rank, size):
+    """One threshold for all: the mean of what the processes' own parts of the batches gave."""
+    x, alone, together = activations(90), new_sae(BatchTopKSAE), new_sae(BatchTopKSAE)
+    together.data_group = dist.group.WORLD
+    for sae in (alone, together):
+        sae.loss(x[rank::size])
+    total = alone.threshold.clone()
+    dist.all_reduce(total)
+    torch.testing.assert_close(together.threshold, total / size)
+
+
+def test_processes_have_one_threshold(tmp_path):
+    run_ranks(2, tmp_path, _thresholds)
 
 
 def _fit(rank, size, path, options):

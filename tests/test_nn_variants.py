@@ -163,6 +163,28 @@ def test_state_round_trips(cls, tmp_path):
         make(cls).load_state_dict(plain.state_dict())
 
 
+@pytest.mark.parametrize("cls", BOTH)
+def test_a_run_resumes_bit_for_bit(cls, tmp_path, threads):
+    threads(1)
+    x = rows(200, dtype=torch.float32)
+    settings = {"steps": 12, "batch_size": 32, "progress": False, "log_every": 4}
+
+    def stop(row):
+        if row["step"] == 8:
+            raise InterruptedError
+
+    def new():
+        return cls(12, 40, 5, generator=torch.Generator().manual_seed(1))
+
+    straight, first, again = new(), new(), new()
+    fit(straight, x, **settings)
+    with pytest.raises(InterruptedError):
+        fit(first, x, checkpoint=tmp_path / "run", checkpoint_every=4, log=stop, **settings)
+    fit(again, x, checkpoint=tmp_path / "run", resume=True, **settings)
+    for name, value in straight.state_dict().items():
+        assert torch.equal(again.state_dict()[name], value), name
+
+
 def test_a_checkpoint_of_an_unknown_variant(tmp_path):
     save_sae(make(BatchTopKSAE), tmp_path / "sae")
     config = tmp_path / "sae" / "config.json"
