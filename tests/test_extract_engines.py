@@ -92,13 +92,16 @@ def test_ray_with_a_killed_worker(tmp_path, undisturbed):
         import ray, torch
         from extract_models import Sequences, ids, real, run
 
-        pids = Path(sys.argv[2])
+        pids, driver = Path(sys.argv[2]), os.getpid()
         def model():  # each actor makes its own
             torch.set_num_threads(1)
             return Sequences()
         def prepare(x):
             (pids / str(os.getpid())).touch()
-            time.sleep(0.05)
+            # the first actor waits for the second: two are at work when one is killed
+            deadline = time.monotonic() + 90
+            while os.getpid() != driver and len(os.listdir(pids)) < 3 and time.monotonic() < deadline:
+                time.sleep(0.02)
             return x
         ray.init(num_cpus=3, include_dashboard=False, log_to_driver=False, logging_level="error")
         store = run(model, "encoder", ids(300), sys.argv[1], mask=real, shuffle=1, shard_mb=0.01, engine="ray",
@@ -119,7 +122,7 @@ def test_ray_with_a_killed_worker(tmp_path, undisturbed):
     while process.poll() is None and time.monotonic() < deadline:
         # this process ran the first batch to see what comes; the others are the actors
         actors = [pid for pid in os.listdir(pids) if pid != str(process.pid)]
-        if killed is None and len(actors) >= 2 and len(list((tmp_path / "s").glob("*.json"))) >= 3:
+        if killed is None and len(actors) >= 2 and len(list((tmp_path / "s").glob("shard*.json"))) >= 2:
             killed = actors[0]
             os.kill(int(killed), signal.SIGKILL)
         time.sleep(0.01)
