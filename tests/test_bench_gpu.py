@@ -92,7 +92,9 @@ def test_gates(tmp_path):
     suite(tmp_path, triton_topk_encode=GOOD, gpu_topk_encode=GOOD, gpu_graphs=GOOD, triton_aot=BAD, other=BAD)
     found = {name: [path.stem for path in files] for name, files in checks.gates(tmp_path).items()}
     assert found == {"topk_encode": ["test_gpu_topk_encode", "test_triton_topk_encode"], "module": ["test_gpu_graphs"]}
-    assert set(checks.gates(checks.TESTS)) >= {"topk_encode", "sparse_decode"}
+    here = {path.stem for files in checks.gates(checks.TESTS).values() for path in files}
+    ops = ("topk_encode", "sparse_decode", "activation_stats", "threshold_encode")
+    assert here >= {"test_gpu_graphs", *(f"test_triton_{op}" for op in ops)} and "test_triton_aot" not in here
     fine = {"topk_encode": "ok: 3 passed", "sparse_decode": "ok: 2 passed"}
     assert checks.shut("serving", fine) is None and checks.shut("module", fine) is None
     assert checks.shut("module", {**fine, "module": "failed"}) == "skipped: the tests of module: failed"

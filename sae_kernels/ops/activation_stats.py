@@ -46,7 +46,8 @@ class ActivationStats:
     keep the position within their own stream.
 
     On a GPU `update` does not wait for the device, so what it cannot know yet shows later: an index out of range counts
-    nowhere, and the next reading of a result raises the ValueError.
+    nowhere, and the next reading of a result raises the ValueError. Replayed in a CUDA graph, an update counts again
+    but numbers no new rows: `rows` stays, so give `ids`.
     """
 
     def __init__(
