@@ -122,3 +122,12 @@ def test_topk_alone():
     for k in (7, 300):
         values, indices = topk(scores[:, 13:], k)  # rows that begin at odd places
         assert_same((values, indices), [t[:, :k] for t in scores[:, 13:].sort(dim=1, descending=True, stable=True)])
+    for wrong, k, kind, message in (
+        (scores.double(), 3, TypeError, "must be float32, got torch.float64"),
+        (scores[0], 3, ValueError, r"must be \[N, d\] with contiguous rows, got \(333,\)"),
+        (scores.mT, 3, ValueError, "with contiguous rows"),
+        (scores, 334, ValueError, "k must be between 1 and 333, got 334"),
+        (scores, 0, ValueError, "k must be between 1 and 333, got 0"),
+    ):
+        with pytest.raises(kind, match=message):
+            kernel.topk(wrong, k)

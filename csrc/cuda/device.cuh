@@ -1,5 +1,6 @@
-// What the kernels share: storage types in and out of their accumulator, vectors of 16 bytes. Free of torch and of launches;
-// no preprocessor switch tells a GPU from the host execution of tests/cuda_host, which brings its own cuda_runtime.h.
+// What the kernels share: storage types in and out of their accumulator, vectors of 16 bytes. Free of torch and of
+// launches; no preprocessor switch tells a GPU from the host execution of tests/cuda_host, which brings its own
+// cuda_runtime.h.
 #pragma once
 
 #include <cuda_fp16.h>

@@ -1,7 +1,7 @@
-// Sums per latent, without atomics and in one fixed order: entries come sorted by latent (stable), cut into chunks of fixed
-// length. A team adds up the runs of equal latents in its chunk, in order; a run that lies whole in a chunk is finished, the
-// two that may cross its ends go to slots, which a second kernel adds in the order of the chunks. So a latent that fires on
-// every row occupies many teams, and the work of a team does not depend on the data.
+// Sums per latent, without atomics and in one fixed order: entries come sorted by latent (stable), cut into chunks of
+// fixed length. A team adds up the runs of equal latents in its chunk, in order; a run that lies whole in a chunk is
+// finished, the two that may cross its ends go to slots, which a second kernel adds in the order of the chunks. So a
+// latent that fires on every row occupies many teams, and the work of a team does not depend on the data.
 // Reads entries x d elements of `rows`, scattered, and writes d_sae x d.
 #pragma once
 
@@ -40,7 +40,8 @@ template <class T, int V> struct Run {
 
 // Where a finished run goes: its latent's row, or the slot of the end that it crosses, 0 the beginning, 1 the end.
 template <class T, class I, int V>
-__device__ __forceinline__ void write_run(const SumArgs<T, I>& a, const Run<T, V>& run, I latent, int64_t number, bool from_before, bool goes_on, int64_t column) {
+__device__ __forceinline__ void write_run(const SumArgs<T, I>& a, const Run<T, V>& run, I latent, int64_t number,
+                                          bool from_before, bool goes_on, int64_t column) {
   if (!in_range(latent, a.d_sae)) return;
   const int64_t slot = 2 * number + (from_before ? 0 : 1);
   if (column < a.d) {
@@ -70,7 +71,8 @@ template <class T, class I, int V> __global__ void __launch_bounds__(kDecodeThre
   run.clear();
   Pack<T, V> w = {};
   if (a.W && has_work && inside && in_range(current, a.d_sae)) w = load_pack<V>(a.W + int64_t(current) * a.d + column);
-  for (int64_t step = 0; step < a.chunk; step += kAhead) {  // as many turns for every team of a warp: they meet in the dots
+  // as many turns for every team of a warp: they meet in the dots
+  for (int64_t step = 0; step < a.chunk; step += kAhead) {
     I latent[kAhead];
     int64_t position[kAhead];
     A weight[kAhead];
@@ -102,10 +104,13 @@ template <class T, class I, int V> __global__ void __launch_bounds__(kDecodeThre
       }
       if (!a.W) continue;
       dot = team_sum(dot, a.lanes);
-      if (position[u] >= 0 && column == 0) from_acc(in_range(current, a.d_sae) ? dot : A(nan_value()), a.dots[position[u]]);
+      if (position[u] >= 0 && column == 0)
+        from_acc(in_range(current, a.d_sae) ? dot : A(nan_value()), a.dots[position[u]]);
     }
   }
-  if (has_work) write_run<T, I, V>(a, run, current, number, from_before, end < a.entries && a.latents[end] == current, column);
+  if (!has_work) return;
+  const bool goes_on = end < a.entries && a.latents[end] == current;
+  write_run<T, I, V>(a, run, current, number, from_before, goes_on, column);
 }
 
 // The chunk in which a run begins that goes on in the next one adds that run's slots up.

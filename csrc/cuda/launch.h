@@ -19,7 +19,8 @@ void launch(void (*kernel)(Args), dim3 grid, int threads, Args args, const Tenso
   void* stream = nullptr;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(where.get_device_index(), &stream));
   void* arguments[] = {&args};
-  const cudaError_t error = cudaLaunchKernel(kernel, grid, dim3(threads), arguments, 0, static_cast<cudaStream_t>(stream));
+  const auto on = static_cast<cudaStream_t>(stream);
+  const cudaError_t error = cudaLaunchKernel(kernel, grid, dim3(threads), arguments, 0, on);
   STD_TORCH_CHECK(error == cudaSuccess, "sae_kernels: a CUDA kernel does not start: ", cudaGetErrorString(error));
 }
 
@@ -31,10 +32,6 @@ inline dim3 grid_of(int64_t x, int64_t y = 1) {
 template <class T>
 T* data_or_null(const std::optional<Tensor>& t) { return t ? static_cast<T*>(t->mutable_data_ptr()) : nullptr; }
 
-// Whether rows of `row` elements that begin at these addresses can be read in pieces of V.
-template <class... P>
-bool in_pieces(int V, int64_t row, size_t element, const P*... start) {
-  return row % V == 0 && ((reinterpret_cast<uintptr_t>(start) % (V * element) == 0) && ...);
-}
+inline bool aligned(size_t bytes, const void* p) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; }
 
 }  // namespace sae_kernels

@@ -1,4 +1,6 @@
 // Launchers of sparse_decode and of the sums per latent; sae_kernels/cuda sorts the indices and holds the workspace.
+#include <algorithm>
+
 #include "cuda/latent_sums.cuh"
 #include "cuda/launch.h"
 
@@ -18,15 +20,23 @@ template <class F> void with_types(const Tensor& like, const Tensor& indices, bo
 
 bool wide_rows(const Tensor& W, std::initializer_list<const void*> starts) {
   const int64_t bytes = W.size(W.dim() - 1) * static_cast<int64_t>(W.element_size());
-  bool aligned = bytes % 16 == 0;
-  for (const void* start : starts) aligned &= reinterpret_cast<uintptr_t>(start) % 16 == 0;
-  return aligned;
+  return bytes % 16 == 0 && std::all_of(starts.begin(), starts.end(), [](const void* p) { return aligned(16, p); });
 }
 
 template <class T, class I, int V> DecodeArgs<T, I> decode_args(const Tensor& indices, const Tensor& W) {
-  return {.indices = data<I>(indices), .W = data<T>(W), .rows = indices.size(0), .d_sae = W.size(0), .d = W.size(1),
-          .k = static_cast<int>(indices.size(1)), .lanes = lanes_for(W.size(1), V)};
+  DecodeArgs<T, I> args{};
+  args.indices = data<I>(indices);
+  args.W = data<T>(W);
+  args.rows = indices.size(0);
+  args.d_sae = W.size(0);
+  args.d = W.size(1);
+  args.k = static_cast<int>(indices.size(1));
+  args.lanes = lanes_for(args.d, V);
+  return args;
 }
+
+// Teams of `lanes` along the grid's first side.
+inline int64_t blocks(int64_t teams, int lanes) { return ceil_div(teams, kDecodeThreads / lanes); }
 
 }  // namespace
 
@@ -37,7 +47,7 @@ void decode(Tensor values, Tensor indices, Tensor W, std::optional<Tensor> bias,
     args.values = data<T>(values);
     args.bias = data_or_null<T>(bias);
     args.out = mutable_data<T>(out);
-    const dim3 grid = grid_of(ceil_div(args.rows, kDecodeThreads / args.lanes), ceil_div(args.d, int64_t(args.lanes) * V));
+    const dim3 grid = grid_of(blocks(args.rows, args.lanes), ceil_div(args.d, int64_t(args.lanes) * V));
     launch(decode_rows<T, I, V>, grid, kDecodeThreads, args, W);
   });
 }
@@ -47,24 +57,36 @@ void decode_dots(Tensor grad, Tensor indices, Tensor W, Tensor out) {
     auto args = decode_args<T, I, V>(indices, W);
     args.grad = data<T>(grad);
     args.out = mutable_data<T>(out);
-    const dim3 grid = grid_of(ceil_div(args.rows, kDecodeThreads / args.lanes), ceil_div(args.k, kDots));
+    const dim3 grid = grid_of(blocks(args.rows, args.lanes), ceil_div(args.k, kDots));
     launch(dot_rows<T, I, V>, grid, kDecodeThreads, args, W);
   });
 }
 
-void latent_sums(Tensor rows, Tensor weights, std::optional<Tensor> W, Tensor latents, Tensor order, std::optional<Tensor> dots,
-                 Tensor sums, std::optional<Tensor> totals, Tensor slots, Tensor slot_totals, int64_t chunk) {
+void latent_sums(Tensor rows, Tensor weights, std::optional<Tensor> W, Tensor latents, Tensor order,
+                 std::optional<Tensor> dots, Tensor sums, std::optional<Tensor> totals, Tensor slots,
+                 Tensor slot_totals, int64_t chunk) {
   const void* W_at = W ? W->data_ptr() : nullptr;
   with_types(rows, latents, wide_rows(rows, {rows.data_ptr(), W_at, sums.data_ptr()}), [&]<class T, class I, int V>() {
-    const SumArgs<T, I> args{.rows = data<T>(rows), .weights = data<T>(weights), .W = data_or_null<T>(W), .latents = data<I>(latents),
-                             .order = data<int64_t>(order), .dots = data_or_null<T>(dots), .sums = mutable_data<T>(sums),
-                             .totals = data_or_null<T>(totals), .slots = mutable_data<Acc<T>>(slots),
-                             .slot_totals = mutable_data<Acc<T>>(slot_totals), .entries = latents.numel(), .chunk = chunk,
-                             .d_sae = sums.size(0), .d = sums.size(1), .k = static_cast<int>(weights.size(1)),
-                             .lanes = lanes_for(sums.size(1), V)};
-    STD_TORCH_CHECK(!args.W || int64_t(args.lanes) * V >= args.d, "sae_kernels: rows of more than one slice have no dots");
-    const int64_t chunks = ceil_div(args.entries, chunk);
-    const dim3 grid = grid_of(ceil_div(chunks, kDecodeThreads / args.lanes), ceil_div(args.d, int64_t(args.lanes) * V));
+    SumArgs<T, I> args{};
+    args.rows = data<T>(rows);
+    args.weights = data<T>(weights);
+    args.W = data_or_null<T>(W);
+    args.latents = data<I>(latents);
+    args.order = data<int64_t>(order);
+    args.dots = data_or_null<T>(dots);
+    args.sums = mutable_data<T>(sums);
+    args.totals = data_or_null<T>(totals);
+    args.slots = mutable_data<Acc<T>>(slots);
+    args.slot_totals = mutable_data<Acc<T>>(slot_totals);
+    args.entries = latents.numel();
+    args.chunk = chunk;
+    args.d_sae = sums.size(0);
+    args.d = sums.size(1);
+    args.k = static_cast<int>(weights.size(1));
+    args.lanes = lanes_for(args.d, V);
+    const int64_t slices = ceil_div(args.d, int64_t(args.lanes) * V), chunks = ceil_div(args.entries, chunk);
+    STD_TORCH_CHECK(!args.W || slices == 1, "sae_kernels: rows of more than one slice have no dots");
+    const dim3 grid = grid_of(blocks(chunks, args.lanes), slices);
     launch(sum_runs<T, I, V>, grid, kDecodeThreads, args, rows);
     if (chunks > 1) launch(join_runs<T, I, V>, grid, kDecodeThreads, args, rows);
   });

@@ -1,6 +1,6 @@
 // Weighted sums of chosen rows of W, and dot products with them, in gathers: codes of size rows x d_sae never exist.
-// Every thread owns V neighbouring columns (16 bytes); a team of lanes covers one slice of a row. The grid runs over the rows
-// first and the slices second, so at any time one slice of W is in use, which stays in L2.
+// Every thread owns V neighbouring columns (16 bytes); a team of lanes covers one slice of a row. The grid runs over
+// the rows first and the slices second, so at any time one slice of W is in use, which stays in L2.
 // Reads rows x k x d_out elements of W from L2 and writes rows x d_out.
 #pragma once
 

@@ -22,19 +22,28 @@ template <class F> void with_activation(int64_t activation, F&& f) {
 
 template <class P> void launch_select(const SelectArgs& args, int64_t activation, bool wide, const Tensor& slab) {
   with_activation(activation, [&]<int Act>() {
-    launch(wide ? select_rows<P, 4, Act> : select_rows<P, 1, Act>, grid_of(ceil_div(args.rows, P::kRows)), P::kThreads, args, slab);
+    const dim3 grid = grid_of(ceil_div(args.rows, P::kRows));
+    launch(wide ? select_rows<P, 4, Act> : select_rows<P, 1, Act>, grid, P::kThreads, args, slab);
   });
 }
 
-SelectArgs slab_args(const Tensor& slab, const std::optional<Tensor>& bias, const std::optional<Tensor>& mask, int64_t first) {
-  return {.slab = data<float>(slab), .bias = data_or_null<float>(bias), .mask = data_or_null<uint8_t>(mask), .rows = slab.size(0),
-          .stride = slab.stride(0), .columns = static_cast<int>(slab.size(1)), .first = static_cast<int>(first)};
+SelectArgs slab_args(const Tensor& slab, const std::optional<Tensor>& bias, const std::optional<Tensor>& mask,
+                     int64_t first) {
+  SelectArgs args{};
+  args.slab = data<float>(slab);
+  args.bias = data_or_null<float>(bias);
+  args.mask = data_or_null<uint8_t>(mask);
+  args.rows = slab.size(0);
+  args.stride = slab.stride(0);
+  args.columns = static_cast<int>(slab.size(1));
+  args.first = static_cast<int>(first);
+  return args;
 }
 
 }  // namespace
 
-void topk_select(Tensor slab, std::optional<Tensor> bias, std::optional<Tensor> mask, Tensor keys, Tensor values, Tensor indices,
-                 Tensor trims, int64_t first, bool filled, bool last, int64_t activation) {
+void topk_select(Tensor slab, std::optional<Tensor> bias, std::optional<Tensor> mask, Tensor keys, Tensor values,
+                 Tensor indices, Tensor trims, int64_t first, bool filled, bool last, int64_t activation) {
   SelectArgs args = slab_args(slab, bias, mask, first);
   args.keys = mutable_data<uint64_t>(keys);
   args.values = values.mutable_data_ptr();
@@ -44,15 +53,17 @@ void topk_select(Tensor slab, std::optional<Tensor> bias, std::optional<Tensor> 
   args.filled = filled;
   args.last = last;
   args.dtype = out_of(values);
-  const bool wide = args.columns % 4 == 0 && first % 4 == 0 && in_pieces(4, args.stride, sizeof(float), args.slab, args.bias) &&
-                    in_pieces(4, 0, sizeof(uint8_t), args.mask);
+  STD_TORCH_CHECK(args.k <= kLargestSelect, "sae_kernels: k is beyond the buffers of the selection");
+  const bool wide = args.columns % 4 == 0 && first % 4 == 0 && args.stride % 4 == 0 && aligned(16, args.slab) &&
+                    aligned(16, args.bias) && aligned(4, args.mask);
   if (args.k <= 32) launch_select<SelectTo32>(args, activation, wide, slab);
   else if (args.k <= 64) launch_select<SelectTo64>(args, activation, wide, slab);
   else if (args.k <= 128) launch_select<SelectTo128>(args, activation, wide, slab);
   else launch_select<SelectTo1024>(args, activation, wide, slab);
 }
 
-void topk_write_keys(Tensor slab, std::optional<Tensor> bias, std::optional<Tensor> mask, Tensor keys, int64_t activation) {
+void topk_write_keys(Tensor slab, std::optional<Tensor> bias, std::optional<Tensor> mask, Tensor keys,
+                     int64_t activation) {
   SelectArgs args = slab_args(slab, bias, mask, 0);
   args.keys = mutable_data<uint64_t>(keys);
   const dim3 grid = grid_of(ceil_div(args.columns, kElementThreads), std::min<int64_t>(args.rows, 65535));

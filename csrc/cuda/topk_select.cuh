@@ -1,9 +1,9 @@
-// The k best of every row of a slab of pre-activations, exact: larger score first, NaN above all, equal scores by the lower
-// latent. One team of threads per row, a warp or a block. A first pass takes maxima of strided groups: the k-th largest of
-// them has k scores at or above it, so what lies below is out. A second pass appends what is left to a buffer in shared
-// memory, which is sorted. Where the buffer fills up (ties, unlucky orders) it is sorted early, its k best stay, and the
-// bound rises to the k-th of them: columns come in ascending order, so every input gives the exact result.
-// Reads the slab twice, from L2 where it fits there; chunks of latents after the first are read once.
+// The k best of every row of a slab of pre-activations, exact: larger score first, NaN above all, equal scores by the
+// lower latent. One team of threads per row, a warp or a block. A first pass takes maxima of strided groups: the k-th
+// largest of them has k scores at or above it, so what lies below is out. A second pass appends what is left to a
+// buffer in shared memory, which is sorted. Where the buffer fills up (ties, unlucky orders) it is sorted early, its k
+// best stay, and the bound rises to the k-th of them: columns come in ascending order, so every input gives the exact
+// result. Reads the slab twice, from L2 where it fits there; chunks of latents after the first are read once.
 #pragma once
 
 #include "cuda/device.cuh"
@@ -26,7 +26,8 @@ struct SelectArgs {
   Out dtype;
 };
 
-// Orders rise with the score. 0: no latent at all; 1: a latent that does not compete; what follows: -inf to inf; last: NaN.
+// Orders rise with the score. 0: no latent at all; 1: a latent that does not compete; what follows: -inf to inf; last:
+// NaN.
 constexpr uint32_t kMasked = 1, kNanOrder = 0xffffffffu, kSign = 0x80000000u;
 
 template <int Act> __device__ __forceinline__ uint32_t order_of(float pre) {
@@ -52,7 +53,8 @@ __device__ __forceinline__ float value_in(uint64_t key, bool is_abs) {
 template <class T> __device__ __forceinline__ void put(void* out, int64_t at, float value) {
   from_acc(value, static_cast<T*>(out)[at]);
 }
-__device__ __forceinline__ void write_code(void* values, int32_t* indices, Out dtype, int64_t at, uint64_t key, bool is_abs) {
+__device__ __forceinline__ void write_code(void* values, int32_t* indices, Out dtype, int64_t at, uint64_t key,
+                                           bool is_abs) {
   const float value = value_in(key, is_abs);
   if (dtype == Out::kFloat) put<float>(values, at, value);
   else if (dtype == Out::kBFloat16) put<bf16>(values, at, value);
@@ -62,7 +64,8 @@ __device__ __forceinline__ void write_code(void* values, int32_t* indices, Out d
 
 // V pre-activations from `column` on; order 0 beyond the last column. Where V > 1 it divides the columns.
 template <int V, int Act>
-__device__ __forceinline__ void read_orders(const SelectArgs& a, const float* row, int column, float (&pre)[V], uint32_t (&order)[V]) {
+__device__ __forceinline__ void read_orders(const SelectArgs& a, const float* row, int column, float (&pre)[V],
+                                            uint32_t (&order)[V]) {
   if (column >= a.columns) {
 #pragma unroll
     for (int i = 0; i < V; ++i) pre[i] = 0.0f, order[i] = 0;
@@ -133,7 +136,8 @@ template <class P> __device__ void sort_descending(uint64_t* keys, int count, in
   team_sync<P>();
 }
 
-// A bound that at least k orders of the row pass: one less than the k-th largest group maximum, its lowest byte left out.
+// A bound that at least k orders of the row pass: one less than the k-th largest group maximum, its lowest byte left
+// out.
 template <class P, int V, int Act>
 __device__ uint32_t group_bound(const SelectArgs& a, const float* row, int lane, int* partial) {
   constexpr int kReads = P::kGroups > V ? P::kGroups / V : 1;
@@ -160,7 +164,8 @@ __device__ uint32_t group_bound(const SelectArgs& a, const float* row, int lane,
 
 // Appends what passes the bound; which thread gets which place does not matter, keys are distinct and sorted later.
 template <int V>
-__device__ __forceinline__ void append(uint64_t* buffer, int* count, const uint32_t (&order)[V], const float (&pre)[V], uint32_t bound, int latent) {
+__device__ __forceinline__ void append(uint64_t* buffer, int* count, const uint32_t (&order)[V], const float (&pre)[V],
+                                       uint32_t bound, int latent) {
   const int lane = threadIdx.x % kWarp;
   unsigned votes[V];
   int total = 0;
@@ -170,7 +175,8 @@ __device__ __forceinline__ void append(uint64_t* buffer, int* count, const uint3
   place = __shfl_sync(kAllLanes, place, 0);
 #pragma unroll
   for (int i = 0; i < V; ++i) {
-    if (order[i] > bound) buffer[place + __popc(votes[i] & ((1u << lane) - 1))] = key_of(order[i], latent + i, pre[i] < 0);
+    const int ahead = __popc(votes[i] & ((1u << lane) - 1));
+    if (order[i] > bound) buffer[place + ahead] = key_of(order[i], latent + i, pre[i] < 0);
     place += __popc(votes[i]);
   }
 }
@@ -224,8 +230,8 @@ template <class P, int V, int Act> __global__ void __launch_bounds__(P::kThreads
   if (trimmed && lane == 0) atomicAdd(a.trims, 1);
 }
 
-// For a k beyond the buffers: the keys of whole rows, to be sorted elsewhere, and the way back. Signed 64-bit integers sort
-// the way the keys do once their highest bit is flipped.
+// For a k beyond the buffers: the keys of whole rows, to be sorted elsewhere, and the way back. Signed 64-bit integers
+// sort the way the keys do once their highest bit is flipped.
 constexpr uint64_t kFlip = uint64_t(1) << 63;
 constexpr int kElementThreads = 256;
 

@@ -77,8 +77,15 @@ def _by_sorting(x, W, bias, k, activation, mask, values, indices) -> None:
 def topk(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k largest of each row, in descending order, equal ones by the lower column: torch.topk with ties settled.
 
-    scores [N, d] float32 whose rows are contiguous, k up to LARGEST_SELECT -> values [N, k], indices [N, k] int32.
+    scores [N, d] float32 whose rows are contiguous, k from 1 to d and to LARGEST_SELECT -> values [N, k], indices
+    [N, k] int32. Raises TypeError or ValueError for anything else.
     """
+    if scores.dtype != torch.float32:
+        raise TypeError(f"topk: scores must be float32, got {scores.dtype}")
+    if scores.dim() != 2 or scores.stride(1) != 1:
+        raise ValueError(f"topk: scores must be [N, d] with contiguous rows, got {tuple(scores.shape)}")
+    if not 1 <= k <= min(scores.shape[1], LARGEST_SELECT):
+        raise ValueError(f"topk: k must be between 1 and {min(scores.shape[1], LARGEST_SELECT)}, got {k}")
     values, indices = scores.new_empty(scores.shape[0], k), scores.new_empty(scores.shape[0], k, dtype=torch.int32)
     if scores.shape[0] > 0:
         none = scores.new_empty(0, k, dtype=torch.int64)

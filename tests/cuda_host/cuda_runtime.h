@@ -1,9 +1,9 @@
 // Runs CUDA kernels on the CPU, to check them: this header stands in for CUDA's own where g++ compiles csrc/cuda.
 //
-// Blocks run in turn; a block has one OS thread per CUDA thread. __syncthreads is a std::barrier, every warp has one of its
-// own through which shuffles and votes go, __shared__ is static storage, atomics are std::atomic_ref. So ThreadSanitizer
-// sees a missing barrier as a data race and AddressSanitizer sees a stray access. What ends a run at once: lanes of a warp
-// that meet in different collectives, and masks other than the whole warp.
+// Blocks run in turn; a block has one OS thread per CUDA thread. __syncthreads is a std::barrier, every warp has one of
+// its own through which shuffles and votes go, __shared__ is static storage, atomics are std::atomic_ref. So
+// ThreadSanitizer sees a missing barrier as a data race and AddressSanitizer sees a stray access. What ends a run at
+// once: lanes of a warp that meet in different collectives, and masks other than the whole warp.
 #pragma once
 
 #include <algorithm>
@@ -144,7 +144,9 @@ inline int __reduce_add_sync(unsigned mask, int x) {
     return sum;
   });
 }
-template <class T> T atomicAdd(T* at, T value) { return std::atomic_ref<T>(*at).fetch_add(value, std::memory_order_relaxed); }
+template <class T> T atomicAdd(T* at, T value) {
+  return std::atomic_ref<T>(*at).fetch_add(value, std::memory_order_relaxed);
+}
 
 inline int __popc(unsigned x) { return std::popcount(x); }
 inline unsigned __float_as_uint(float x) { return std::bit_cast<unsigned>(x); }

@@ -1,5 +1,5 @@
-// Runs every kernel of csrc/cuda on small data, to be compiled with a sanitizer. Says nothing where nothing is found; the
-// results themselves are checked by the tests that go through torch.
+// Runs every kernel of csrc/cuda on small data, to be compiled with a sanitizer. Says nothing where nothing is found;
+// the results themselves are checked by the tests that go through torch.
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
@@ -23,7 +23,7 @@ template <class T> std::vector<T> numbers(size_t n, int low, int high) {
 
 // Two chunks of latents, with scores from 0 to `top`: there are more ties than the buffers hold.
 template <class P, int V> void select(int rows, int columns, int k, int top) {
-  std::vector<float> slab = numbers<float>(rows * columns, 0, top), bias = numbers<float>(2 * columns, 0, 0), values(rows * k);
+  std::vector<float> slab = numbers<float>(rows * columns, 0, top), bias(2 * columns), values(rows * k);
   std::vector<uint8_t> mask = numbers<uint8_t>(2 * columns, 0, 9);
   std::vector<uint64_t> keys(rows * k);
   std::vector<int32_t> indices(rows * k), trims(1);
@@ -50,8 +50,8 @@ void sort_whole_rows() {
 }
 
 template <int V> void decode(int64_t rows, int k, int64_t d_sae, int64_t d) {
-  std::vector<float> values = numbers<float>(rows * k, -9, 9), W = numbers<float>(d_sae * d, -9, 9), grad(rows * d), out(rows * d);
-  std::vector<float> bias(d), dots(rows * k);
+  std::vector<float> values = numbers<float>(rows * k, -9, 9), W = numbers<float>(d_sae * d, -9, 9);
+  std::vector<float> grad(rows * d), out(rows * d), bias(d), dots(rows * k);
   std::vector<int32_t> indices = numbers<int32_t>(rows * k, -1, d_sae);  // the first and the last are out of range
   DecodeArgs<float, int32_t> args{};
   args.values = values.data(), args.indices = indices.data(), args.W = W.data(), args.bias = bias.data();
@@ -82,9 +82,10 @@ template <int V> void sums(int64_t rows, int k, int64_t d_sae, int64_t d, int64_
 }
 
 int main() {
-  select<SelectTo1024, 4>(1, 3700, 130, 0);
-  select<SelectTo32, 4>(9, 400, 5, 0);
-  select<SelectTo64, 1>(2, 611, 40, 1);
+  // as SelectTo1024, SelectTo32 and SelectTo64, with fewer threads
+  select<SelectPlan<64, 1, 4, 512>, 4>(1, 1100, 40, 0);
+  select<SelectPlan<32, 2, 4, 256>, 4>(3, 400, 5, 0);
+  select<SelectPlan<32, 2, 8, 256>, 1>(2, 611, 40, 1);
   sort_whole_rows();
   decode<4>(5, 3, 7, 36);
   decode<1>(3, 6, 7, 35);
