@@ -28,7 +28,7 @@ TARGET = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DPy_LIMITED_API=0x030A0
 
 # nothing in the kernels is of one generation alone; sm_90a and sm_100 let the compiler schedule for their own
 CUDA_CODES = ("80", "90a", "100")
-CUDA_FLAGS = ["-std=c++20", "-O3", "-DUSE_CUDA", "-Xcompiler=-fPIC,-fvisibility=hidden", "-Xptxas=-v"]
+CUDA_FLAGS = ["-std=c++20", "-O3", "-DUSE_CUDA", "-Xcompiler=-fPIC,-fvisibility=hidden", "-Xptxas=-v", "--threads=4"]
 
 
 def torch_paths():
