@@ -9,6 +9,8 @@ OPS = {
     "sparse_decode": ("forward", "backward"),
     "module": ("forward", "step"),
     "activation_stats": ("forward",),
+    "threshold_encode": ("forward",),
+    "batch_topk_encode": ("forward",),
     "serving": ("forward",),
     "first_call": ("forward",),
     "import_time": ("import",),
@@ -41,6 +43,7 @@ class Case:
 
 def _cases() -> dict[str, Case]:
     serving, cold = ("serving",), ("first_call", "import_time")
+    thresholds = ("threshold_encode", "batch_topk_encode")
     cases = [
         # sequential recommenders: d_in 64 to 256
         Case("sequential", 8192, 64, 4096, 32, quick=True),
@@ -68,6 +71,10 @@ def _cases() -> dict[str, Case]:
         *(Case(f"serve-{rows}", rows, 256, 16384, 32, ops=serving, quick=True) for rows in (1, 8, 64)),
         *(Case(f"serve-sequential-{rows}", rows, 64, 4096, 32, ops=serving) for rows in (1, 8, 64)),
         *(Case(f"serve-embeddings-{rows}", rows, 1536, 9216, 64, ops=serving) for rows in (1, 8, 64)),
+        # as many latents as pass: k of a row on average
+        Case("threshold-sequential", 8192, 64, 4096, 32, ops=thresholds),
+        Case("threshold-collaborative", 4096, 256, 8192, 32, ops=thresholds),
+        Case("threshold-embeddings", 2048, 1536, 9216, 64, ops=thresholds),
         # a stream of sparse codes
         Case("stream", 1048576, 0, 16384, 32, ops=("activation_stats",), quick=True),
         Case("stream-wide", 262144, 0, 131072, 64, ops=("activation_stats",)),
@@ -90,6 +97,8 @@ def flops(op: str, mode: str, case: Case) -> float:
         ("module", "forward"): dense + sparse,
         ("module", "step"): dense + 4 * sparse,
         ("activation_stats", "forward"): 4.0 * case.rows * case.k,
+        ("threshold_encode", "forward"): dense,
+        ("batch_topk_encode", "forward"): dense,
         ("serving", "forward"): dense,
         ("first_call", "forward"): dense,
     }.get((op, mode), 0.0)
@@ -106,6 +115,8 @@ def result_bytes(op: str, mode: str, case: Case) -> int:
         ("sparse_decode", "backward"): (code + weight + case.d_in) * size,
         ("module", "forward"): row * size,
         ("module", "step"): (2 * weight + case.d_sae + case.d_in) * size,
+        ("threshold_encode", "forward"): code * (size + 4),
+        ("batch_topk_encode", "forward"): code * (size + 4),
         ("serving", "forward"): code * (size + 4),
         ("first_call", "forward"): code * (size + 4),
     }.get((op, mode), 0)
@@ -123,6 +134,8 @@ def least_bytes(op: str, mode: str, case: Case) -> int:
         ("module", "forward"): row + 2 * weight,
         ("module", "step"): row + 2 * weight,
         ("activation_stats", "forward"): code,
+        ("threshold_encode", "forward"): row + weight,
+        ("batch_topk_encode", "forward"): row + weight,
         ("serving", "forward"): row + weight,
         ("first_call", "forward"): row + weight,
     }.get((op, mode), 0)

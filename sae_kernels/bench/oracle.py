@@ -59,6 +59,29 @@ def _encode(w: Workload, result: tuple) -> str | None:
     return _off("values", got, expected, tolerance) or _off("the chosen pre-activations", values, chosen, tolerance)
 
 
+def _threshold(w: Workload, result: tuple) -> str | None:
+    return _above(w, result, w.threshold)
+
+
+def _batch_topk(w: Workload, result: tuple) -> str | None:
+    fires = result[0] > 0
+    if int(fires.sum()) != w.case.rows * w.case.k:
+        return f"{int(fires.sum())} latents are active, not k x rows = {w.case.rows * w.case.k}"
+    return _above(w, result, result[0][fires].min().item())
+
+
+def _above(w: Workload, result: tuple, threshold: float) -> str | None:
+    """Codes, dense or sparse, of what is above the threshold; what is at it up to rounding may be either."""
+    rows, tolerance = _rows(w), TOLERANCE[w.case.dtype]
+    pre = _pre(w, rows)
+    got = result[0][rows].double()
+    if len(result) > 1:
+        got = torch.zeros_like(pre).scatter_add(1, result[1][rows].long(), got)
+    near = (pre - threshold).abs() <= tolerance * pre.abs().max()
+    expected = torch.where(pre > threshold, pre, 0)
+    return _off("codes", torch.where(near, 0, got), torch.where(near, 0, expected), tolerance)
+
+
 def _linear(w: Workload, result: tuple) -> str | None:
     rows = _rows(w)
     return _off("the product", result[0][rows], _pre(w, rows), TOLERANCE[w.case.dtype])
@@ -136,5 +159,7 @@ _CHECKS = {
     ("module", "forward"): _module_forward,
     ("module", "step"): _module_step,
     ("activation_stats", "forward"): _stats,
+    ("threshold_encode", "forward"): _threshold,
+    ("batch_topk_encode", "forward"): _batch_topk,
     ("linear", "forward"): _linear,
 }

@@ -122,6 +122,20 @@ def _our_stats(w: Workload) -> Call:
     return Call(lambda: stats.update(values, indices), lambda _: (stats.counts, stats.sum, stats.max))
 
 
+def _slots(w: Workload) -> int:
+    return min(8 * w.case.k, w.case.d_sae)
+
+
+def _our_threshold_encode(w: Workload) -> Call:
+    x, W, b, threshold, slots = w.x, w.W_enc, w.b_enc, w.threshold, _slots(w)
+    return Call(torch.no_grad()(lambda: sk.threshold_encode(x, W, b, threshold, max_active=slots)), lambda r: r[:2])
+
+
+def _our_batch_topk_encode(w: Workload) -> Call:
+    x, W, b, k, slots = w.x, w.W_enc, w.b_enc, w.case.k, _slots(w)
+    return Call(torch.no_grad()(lambda: sk.batch_topk_encode(x, W, b, k, max_active=slots)), lambda r: r[:2])
+
+
 OURS = {
     ("topk_encode", "forward"): _encode(lambda x, W, b, k: sk.topk_encode(x, W, b, k)),
     ("topk_encode", "backward"): _encode_backward(lambda x, W, b, k: sk.topk_encode(x, W, b, k)),
@@ -130,6 +144,8 @@ OURS = {
     ("module", "forward"): lambda w: peers.forward(_our_sae(w), w.x),
     ("module", "step"): _our_step,
     ("activation_stats", "forward"): _our_stats,
+    ("threshold_encode", "forward"): _our_threshold_encode,
+    ("batch_topk_encode", "forward"): _our_batch_topk_encode,
 }
 
 
@@ -243,6 +259,28 @@ def _plain_stats(w: Workload) -> Call:
     return Call(run, lambda r: r[:3])
 
 
+def _plain_threshold_encode(w: Workload) -> Call:
+    """The dense codes, as plain torch has them."""
+    x, W, b, threshold = w.x, w.W_enc, w.b_enc, w.threshold
+
+    def run() -> Tensor:
+        pre = F.linear(x, W, b)
+        return pre * (pre > threshold)
+
+    return Call(torch.no_grad()(run), lambda codes: (codes,))
+
+
+def _plain_batch_topk_encode(w: Workload) -> Call:
+    x, W, b, k = w.x, w.W_enc, w.b_enc, w.case.k
+
+    def run() -> Tensor:
+        pre = F.relu(F.linear(x, W, b))
+        best = pre.flatten().topk(k * len(x), sorted=False)
+        return torch.zeros_like(pre).view(-1).scatter_(0, best.indices, best.values).view_as(pre)
+
+    return Call(torch.no_grad()(run), lambda codes: (codes,))
+
+
 TORCH = {
     ("topk_encode", "forward"): _encode(plain_encode),
     ("topk_encode", "backward"): _encode_backward(plain_encode),
@@ -251,6 +289,8 @@ TORCH = {
     ("module", "forward"): lambda w: peers.forward(PlainSAE(w), w.x),
     ("module", "step"): _plain_step,
     ("activation_stats", "forward"): _plain_stats,
+    ("threshold_encode", "forward"): _plain_threshold_encode,
+    ("batch_topk_encode", "forward"): _plain_batch_topk_encode,
 }
 COMPILED = {
     ("topk_encode", "forward"): lambda w: _encode(_compiled(plain_encode))(w),

@@ -55,6 +55,12 @@ class Workload:
         return 0.01 * self._random(5, self.case.d_sae)
 
     @cached_property
+    def threshold(self) -> float:
+        """What k latents of a row are above, on average over the first 64 rows."""
+        score = torch.relu(self.x[:64].float() @ self.W_enc.float().mT + self.b_enc.float()).flatten()
+        return score.topk(min(self.case.k * 64, len(score))).values[-1].item()
+
+    @cached_property
     def b_dec(self) -> Tensor:
         return torch.zeros(self.case.d_in, dtype=self.dtype, device=self.device)
 
