@@ -86,7 +86,7 @@ def _thresholds(rank, size):
 
 
 def test_processes_have_one_threshold(tmp_path):
-    run_ranks(2, tmp_path, _thresholds)
+    assert run_ranks(2, tmp_path, _thresholds) == [None] * 2
 
 
 def _fit(rank, size, path, options):
