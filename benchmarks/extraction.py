@@ -96,6 +96,7 @@ def alone(users: int) -> None:
 def write_rate(folder: Path, megabytes: int, rounds: int) -> None:
     """A model that does nothing, against write() and fsync() of the same bytes."""
     x = torch.randn(megabytes * 1_000_000 // 4096, 1024)
+    inputs = CallableInputs(lambda start, stop: x[start:stop], len(x), 4096, "rows at hand")
     model, ratios, rates = nn.Sequential(nn.Identity()), [], []
 
     def plain() -> None:
@@ -106,7 +107,7 @@ def write_rate(folder: Path, megabytes: int, rounds: int) -> None:
             os.fsync(file.fileno())
 
     def store() -> None:
-        extract(model, "0", x, folder / "s", batch_size=4096, writers=2, progress=False)
+        extract(model, "0", inputs, folder / "s", writers=2, shard_mb=32, progress=False)
 
     for _ in range(rounds):
         seconds = []
