@@ -3,7 +3,7 @@
 from ._info import info
 from .hooks import attach, record
 from .nn import BatchTopKSAE, JumpReLUSAE, SparseCode, TopKSAE
-from .ops import ActivationStats, backend, batch_topk_encode, sparse_decode, threshold_encode, topk_encode
+from .ops import ActivationStats, backend, batch_topk_encode, sae_loss, sparse_decode, threshold_encode, topk_encode
 
 __version__ = "0.1.0"
 
@@ -18,6 +18,7 @@ __all__ = [
     "batch_topk_encode",
     "info",
     "record",
+    "sae_loss",
     "sparse_decode",
     "threshold_encode",
     "topk_encode",

@@ -10,7 +10,7 @@ from . import _native
 
 # the GPU on which each op's results have been checked against its oracle; None: not yet on any
 GPU_VERIFIED: dict[str, str | None] = dict.fromkeys(
-    ("topk_encode", "threshold_encode", "batch_topk_encode", "sparse_decode", "ActivationStats")
+    ("topk_encode", "threshold_encode", "batch_topk_encode", "sparse_decode", "sae_loss", "ActivationStats")
 )
 
 

@@ -95,7 +95,7 @@ def test_gates(tmp_path):
     here = {path.stem for files in checks.gates(checks.TESTS).values() for path in files}
     ops = ("topk_encode", "sparse_decode", "activation_stats", "threshold_encode")
     assert here >= {"test_gpu_graphs", *(f"test_triton_{op}" for op in ops)} and "test_triton_aot" not in here
-    fine = {"topk_encode": "ok: 3 passed", "sparse_decode": "ok: 2 passed"}
+    fine = dict.fromkeys(("topk_encode", "sparse_decode", "sae_loss"), "ok: 3 passed")
     assert checks.shut("serving", fine) is None and checks.shut("module", fine) is None
     assert checks.shut("module", {**fine, "module": "failed"}) == "skipped: the tests of module: failed"
     assert checks.shut("activation_stats", fine) == "skipped: the tests of activation_stats: there are none"

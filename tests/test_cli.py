@@ -249,7 +249,7 @@ def test_info(capsys):
             None,
             _native.cpu_error,
         )
-    ops = {"topk_encode", "threshold_encode", "batch_topk_encode", "sparse_decode", "ActivationStats"}
+    ops = {"topk_encode", "threshold_encode", "batch_topk_encode", "sparse_decode", "sae_loss", "ActivationStats"}
     assert set(facts["gpu_verified"]) == ops
     with backend("reference"):
         assert info()["backend"] == "reference" and "forced" in format_info(info())

@@ -24,7 +24,10 @@ def run(*args, **environment):
 @needs_triton
 @pytest.mark.parametrize(
     "name",
-    ["triton_topk_encode", "triton_threshold_encode", "triton_sparse_decode", "triton_activation_stats", "gpu_graphs"],
+    [
+        *("triton_topk_encode", "triton_threshold_encode", "triton_sparse_decode", "triton_sae_loss"),
+        *("triton_activation_stats", "gpu_graphs"),
+    ],
 )
 def test_kernels_in_the_interpreter(name):
     code, out = run("-m", "pytest", "-q", "-x", str(HERE / f"test_{name}.py"), TRITON_INTERPRET="1")

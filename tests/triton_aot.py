@@ -19,7 +19,15 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from sae_kernels.kernels import activation_stats, latent_sums, sparse_decode, topk_encode_fused, topk_select, tuning  # noqa: E402
+from sae_kernels.kernels import (  # noqa: E402  # noqa: E402
+    activation_stats,
+    latent_sums,
+    sae_loss,
+    sparse_decode,
+    topk_encode_fused,
+    topk_select,
+    tuning,
+)
 
 ARCHS = (80, 90, 100)
 TABLE = Path(__file__).with_suffix(".csv")
@@ -27,7 +35,7 @@ FIELDS = ("kernel", "configuration", "arch", "registers", "stack", "shared", "in
 
 
 TYPES = {"slab": "*fp32", "mask": "*u8", "keys": "*i64", "counts": "*i32", "overflows": "*i32", "indices": "*i32"}
-TYPES |= {"groups": "*fp32", "names": "*i32", "fills": "*i32"}
+TYPES |= {"groups": "*fp32", "names": "*i32", "fills": "*i32", "prefixes": "*i32", "budget_of": "*i32"}
 TYPES |= dict.fromkeys(("order", "starts", "first_chunk", "chunks", "first_slot", "latent_of"), "*i64")
 LENGTHS = tuple(1 << n for n in range(5, 13))  # of rows, one per bucket of tuning.py
 ROW_LENGTHS = ("d_in", "d_out", "d")
@@ -35,13 +43,15 @@ WIDE = {"fp64": "fp64"}
 # the statistics count in 64 bits what the selection counts in 32
 OF_STATS = dict.fromkeys(("counts", "sums", "last", "rejected", "foreign", "numbers", "table", "position"), "*i64")
 OF_STATS |= {"maximum": "*fp64", "top_values": "*fp64", "top_ids": "*i64", "ids": "*i64", "keys": "*i32"}
+WIDE_DATA = ("slots", "slots_x", "slot_totals", "scale", "errors", "grad_errors")
 DATA = ("x", "W", "bias", "values", "out", "grad", "rows_of", "weights", "sums", "totals", "dots")
+DATA += ("residual", "more", "grad_values", "sums_x")
 
 
 def types(dtype: str) -> dict[str, str]:
     """Type of every argument by its name; what is not named here is a size."""
     wide = "*" + WIDE.get(dtype, "fp32")
-    return {**TYPES, **dict.fromkeys(DATA, "*" + dtype), "slots": wide, "slot_totals": wide}
+    return {**TYPES, **dict.fromkeys(DATA, "*" + dtype), **dict.fromkeys(WIDE_DATA, wide)}
 
 
 def kernels():
@@ -77,9 +87,9 @@ def configurations():
     for dtype, size in (("fp32", 4), ("bf16", 2), ("fp16", 2), ("fp64", 8)):
         acc = {"ACC": tl.float64 if dtype == "fp64" else tl.float32}
         for width in LENGTHS:
-            plan = tuning.decode_plan(width, size)
-            tile = {"ROWS": plan.ROWS, "BLOCK_D": plan.BLOCK_D, "UNROLL": plan.UNROLL}
-            yield sparse_decode.decode, dtype, {**acc, **tile, "HAS_BIAS": True}, plan.warps, 3
+            decode = tuning.decode_plan(width, size)
+            tile = {"ROWS": decode.ROWS, "BLOCK_D": decode.BLOCK_D, "UNROLL": decode.UNROLL}
+            yield sparse_decode.decode, dtype, {**acc, **tile, "HAS_BIAS": True}, decode.warps, 3
             for k in (4, 16):
                 plan = tuning.dot_plan(k, width, size)
                 yield (
@@ -94,6 +104,12 @@ def configurations():
             for dots in (True, False):
                 yield latent_sums.sum_chunks, dtype, {**join, "HAS_DOTS": dots, "ENTRIES": plan.ENTRIES}, plan.warps, 3
             yield latent_sums.join_chunks, dtype, join, plan.warps, 3
+            yield sae_loss.decode_errors, dtype, {**acc, **tile, "HAS_BIAS": True}, decode.warps, 3
+            yield sae_loss.prefix_gradients, dtype, {**acc, **tile}, decode.warps, 3
+            grads = {**acc, "HAS_SCALE": True, "HAS_MORE": True, "RELU": True, "BLOCK_D": plan.BLOCK_D}
+            for dots, x in ((True, True), (True, False), (False, False)):
+                options = {**grads, "HAS_DOTS": dots, "HAS_X": x, "ENTRIES": plan.ENTRIES}
+                yield sae_loss.grad_chunks, dtype, options, plan.warps, 3
 
 
 def fused_kernels():

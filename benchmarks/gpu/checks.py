@@ -15,7 +15,7 @@ TESTS = ROOT / "tests"
 NEEDS = {
     "topk_encode": ("topk_encode",),
     "sparse_decode": ("sparse_decode",),
-    "module": ("topk_encode", "sparse_decode", "module"),
+    "module": ("topk_encode", "sparse_decode", "sae_loss", "module"),
     "activation_stats": ("activation_stats",),
     "serving": ("topk_encode",),
     "first_call": ("topk_encode",),

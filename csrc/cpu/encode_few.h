@@ -25,13 +25,6 @@ inline __attribute__((always_inline)) Vec<A> sums_of(Vec<A> (&v)[kLanes<A>]) {
   else return sums_of<A, W / 2>(v);
 }
 
-// The first n < kLanes values, the other lanes 0.
-template <class T> inline Vec<Acc<T>> load_some(const T* p, int64_t n) {
-  T padded[kLanes<Acc<T>>] = {};
-  std::memcpy(padded, p, n * sizeof(T));
-  return load(padded);
-}
-
 // Rows of x, widened and padded with zeros to whole vectors, and what each of them must beat: one worker's view of them.
 template <class A> struct FewRows {
   const A* x;

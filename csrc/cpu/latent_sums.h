@@ -1,12 +1,14 @@
 // Sums per latent over the entries that chose it: the weight gradients of encoder and decoder.
 //
-// The entries (row n, slot j), numbered e = n * k + j, are put in latent order by one stable counting sort. Each latent's
-// entries are then summed in that order by one thread, so the result has the same bits on any number of threads.
-// Bytes gathered: one row of d per entry, whichever sums are asked for.
+// The entries (row n, slot j) of a block of rows are put in latent order by one stable counting sort, which serves every sum
+// over them. The rows are read in slices of columns, each copied to where it lies densely in the second-level cache: a row is
+// gathered once per entry, but from there. Each latent's entries are summed in their order, in registers, by one thread, so
+// the result has the same bits on any number of threads.
 #pragma once
 
 #include <algorithm>
 #include <atomic>
+#include <type_traits>
 
 #include "cpu/vec.h"
 
@@ -35,18 +37,21 @@ template <class F> inline void share_out(int64_t tasks, int64_t workers, const F
   });
 }
 
-// start[f] .. start[f + 1] of `entries` are latent f's entry numbers, ascending.
+// start[f] .. start[f + 1] are latent f's entries, ascending: slot[i] of row[i].
 struct LatentOrder {
-  Buffer<int64_t> entries, start;
+  int64_t n, k, d_sae;
+  Buffer<uint32_t> row, slot;
+  Buffer<int64_t> start;
 
-  LatentOrder(const int32_t* indices, int64_t n, int64_t d_sae) : entries(n), start(d_sae + 1) {
+  LatentOrder(const int32_t* indices, int64_t rows, int64_t k, int64_t d_sae)
+      : n(rows * k), k(k), d_sae(d_sae), row(n), slot(n), start(d_sae + 1) {
     const int64_t workers = std::clamp<int64_t>(n / 16384, 1, num_threads());
     Buffer<int64_t> at(workers * d_sae);  // first counts, then each worker's next place
     std::fill(at.p, at.p + workers * d_sae, 0);
-    const auto range = [&](int64_t w) { return n * w / workers; };
+    const auto range = [&](int64_t w) { return rows * w / workers; };
     parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
       for (int64_t w = begin; w < end; ++w)
-        for (int64_t e = range(w); e < range(w + 1); ++e) ++at[w * d_sae + indices[e]];
+        for (int64_t e = range(w) * k; e < range(w + 1) * k; ++e) ++at[w * d_sae + indices[e]];
     });
     int64_t total = 0;
     for (int64_t f = 0; f < d_sae; ++f) {
@@ -60,7 +65,19 @@ struct LatentOrder {
     start[d_sae] = total;
     parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
       for (int64_t w = begin; w < end; ++w)
-        for (int64_t e = range(w); e < range(w + 1); ++e) entries[at[w * d_sae + indices[e]]++] = e;
+        for (int64_t r = range(w); r < range(w + 1); ++r)
+          for (int64_t j = 0; j < k; ++j) {
+            const int64_t place = at[w * d_sae + indices[r * k + j]]++;
+            row[place] = static_cast<uint32_t>(r);
+            slot[place] = static_cast<uint32_t>(j);
+          }
+    });
+  }
+
+  // f(i, number of the entry) for every place i of the order
+  template <class F> void each(const F& f) const {
+    parallel_for(0, n, 32768, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) f(i, static_cast<int64_t>(row[i]) * k + slot[i]);
     });
   }
 };
@@ -69,78 +86,169 @@ template <class T> inline void prefetch_row(const T* row, int64_t d) {
   for (int64_t c = 0; c < d; c += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(row + c);
 }
 
-// sum[c] += sum_i weight[i] * rows[i][c], and with Dots dot[i] = <rows[i], w>, for N rows of d columns.
-template <bool Dots, int N, class T>
-inline void accumulate(const T* const* rows, const Acc<T>* weight, const Acc<T>* w, int64_t d, Acc<T>* sum, Acc<T>* dot) {
-  using A = Acc<T>;
-  constexpr int L = kLanes<A>;
-  Vec<A> dots[N] = {};
-  int64_t c = 0;
-  for (; c + L <= d; c += L) {
-    Vec<A> total = load(sum + c), wide = Dots ? load(w + c) : Vec<A>{};
-#pragma GCC unroll 4
-    for (int i = 0; i < N; ++i) {
-      const Vec<A> row = load(rows[i] + c);
-      total += weight[i] * row;
-      if (Dots) dots[i] += row * wide;
-    }
-    store(sum + c, total);
-  }
-  for (int i = 0; i < N; ++i)
-    if (Dots) dot[i] = horizontal_sum<A>(dots[i]);
-  for (; c < d; ++c)
-    for (int i = 0; i < N; ++i) {
-      const A value = to_acc(rows[i][c]);
-      sum[c] += weight[i] * value;
-      if (Dots) dot[i] += value * w[c];
-    }
+constexpr int kSliceVecs = 4;
+template <class A> constexpr int64_t kSlice = kSliceVecs * kLanes<A>;  // columns
+
+// Calls f with the smallest number of vectors (1, 2 or 4) that holds the columns, as a constant.
+template <class A, class F> inline void with_vecs(int64_t columns, const F& f) {
+  if (columns <= kLanes<A>) f.template operator()<1>();
+  else if (columns <= 2 * kLanes<A>) f.template operator()<2>();
+  else f.template operator()<kSliceVecs>();
 }
 
-// sums[f] = sum over f's entries of weights[e] * rows[e / k]; totals[f] (unless null) = sum of weights[e]; and with Dots
-// dots[e] = <rows[e / k], W[f]>. weights, dots [n_rows * k]; rows [n_rows, d]; sums, W [d_sae, d].
-template <bool Dots, class T>
-void latent_sums(const T* weights, const int32_t* indices, const T* rows, const T* W, int64_t n_rows, int64_t k, int64_t d,
-                 int64_t d_sae, T* sums, T* totals, T* dots) {
+// Columns c0 .. c0 + width of rows [n, d] to packed [n, stride], in the accumulator type, filled up with zeros.
+template <class T>
+inline void pack_slice(const T* rows, int64_t n, int64_t d, int64_t c0, int64_t width, int64_t stride, Acc<T>* packed) {
   using A = Acc<T>;
-  constexpr int64_t kGroup = 4, kSpan = 256, kAhead = 8;  // rows per pass; entries per partial sum; rows prefetched
-  const LatentOrder order(indices, n_rows * k, d_sae);
-  const int64_t workers = std::clamp<int64_t>((n_rows * k + d_sae) * d / 65536, 1, num_threads()), step = 16;
-  const int64_t padded = (d + 15) / 16 * 16;
-  Buffer<A> scratch(workers * 3 * padded);
-
-  share_out((d_sae + step - 1) / step, workers, [&](int64_t worker, int64_t task) {
-    A *partial = scratch + worker * 3 * padded, *total = partial + padded, *wide = total + padded;
-    for (int64_t f = task * step; f < std::min(d_sae, (task + 1) * step); ++f) {
-      const int64_t begin = order.start[f], end = order.start[f + 1];
-      A weight_sum = 0;
-      std::fill(total, total + d, A(0));
-      if (Dots) for (int64_t c = 0; c < d; ++c) wide[c] = to_acc(W[f * d + c]);
-      for (int64_t s = begin; s < end; s += kSpan) {
-        A span_weight = 0;
-        std::fill(partial, partial + d, A(0));
-        const int64_t stop = std::min(s + kSpan, end);
-        for (int64_t i = s; i < stop; i += kGroup) {
-          const int n = static_cast<int>(std::min(kGroup, stop - i));
-          const T* row[kGroup];
-          A weight[kGroup], dot[kGroup];
-          for (int j = 0; j < n; ++j) {
-            const int64_t e = order.entries[i + j];
-            row[j] = rows + e / k * d;
-            weight[j] = to_acc(weights[e]);
-            span_weight += weight[j];
-            if (i + j + kAhead < end) prefetch_row(rows + order.entries[i + j + kAhead] / k * d, d);
-          }
-          if (n == kGroup) accumulate<Dots, kGroup>(row, weight, wide, d, partial, dot);
-          else for (int j = 0; j < n; ++j) accumulate<Dots, 1>(row + j, weight + j, wide, d, partial, dot + j);
-          if (Dots) for (int j = 0; j < n; ++j) dots[order.entries[i + j]] = from_acc<T>(dot[j]);
-        }
-        for (int64_t c = 0; c < d; ++c) total[c] += partial[c];
-        weight_sum += span_weight;
-      }
-      for (int64_t c = 0; c < d; ++c) sums[f * d + c] = from_acc<T>(total[c]);
-      if (totals) totals[f] = from_acc<T>(weight_sum);
+  constexpr int64_t L = kLanes<A>;
+  parallel_for(0, n, 256, [&](int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; ++r) {
+      const T* from = rows + r * d + c0;
+      A* to = packed + r * stride;
+      int64_t c = 0;
+      for (; c + L <= width; c += L) store(to + c, load(from + c));
+      for (; c < width; ++c) to[c] = to_acc(from[c]);
+      for (; c < stride; ++c) to[c] = A(0);
     }
   });
+}
+
+// total[b] += sum_i weight[i] * rows[row[i]][b], and with Dots dot[i] += <rows[row[i]], w>, over n entries and B vectors.
+template <bool Dots, int B, class A>
+inline void sum_entries(const A* rows, int64_t stride, const uint32_t* row, const A* weight, int64_t n, const Vec<A> (&w)[B],
+                        Vec<A> (&total)[B], A* dot) {
+  constexpr int L = kLanes<A>, kGroup = 4;
+  int64_t i = 0;
+  for (; i + kGroup <= n; i += kGroup) {
+    Vec<A> sums[kGroup];
+#pragma GCC unroll 4
+    for (int j = 0; j < kGroup; ++j) {
+      const A* p = rows + row[i + j] * stride;
+      const Vec<A> scale = splat(weight[i + j]);
+#pragma GCC unroll 4
+      for (int b = 0; b < B; ++b) {
+        const Vec<A> v = load(p + b * L);
+        total[b] += scale * v;
+        if (Dots) sums[j] = b == 0 ? v * w[b] : sums[j] + v * w[b];
+      }
+    }
+    if (Dots)
+#pragma GCC unroll 4
+      for (int j = 0; j < kGroup; ++j) dot[i + j] += horizontal_sum<A>(sums[j]);
+  }
+  for (; i < n; ++i) {
+    const A* p = rows + row[i] * stride;
+    Vec<A> sum{};
+#pragma GCC unroll 4
+    for (int b = 0; b < B; ++b) {
+      const Vec<A> v = load(p + b * L);
+      total[b] += weight[i] * v;
+      if (Dots) sum += v * w[b];
+    }
+    if (Dots) dot[i] += horizontal_sum<A>(sum);
+  }
+}
+
+// sums[f] = sum over f's entries of weight * (rows[row] - centre); totals[f] = sum of the weights; dots with W[f].
+// rows [n, d]; W, sums [d_sae, d]; centre [d]. W, centre and totals may be null; centre needs totals. Blocks of rows are added
+// in turn, those of a narrow T in `wide` [d_sae, d], which may be null where there is one block.
+template <class T> struct LatentSums {
+  const T* W; const T* centre;
+  int64_t d;
+  T* sums; Acc<T>* wide; Acc<T>* totals;
+};
+
+// One block: weights, and dots (added to) where W is given, stand in the order; row[i] is entry i's among the n rows.
+struct Block {
+  const LatentOrder& order;
+  const uint32_t* row;
+  bool first, last;
+};
+
+// A slice of B vectors at column c0; where Part, fewer columns than that exist.
+template <bool Dots, int B, bool Part, class T>
+void sum_slice(const LatentSums<T>& to, const Block& block, const Acc<T>* weights, const Acc<T>* rows, int64_t stride, int64_t c0,
+               Acc<T>* dots) {
+  using A = Acc<T>;
+  constexpr int L = kLanes<A>;
+  constexpr int64_t kSpan = 256, kStep = 64, kAhead = 8;  // entries per partial sum; latents per task; latents fetched ahead
+  const LatentOrder& order = block.order;
+  const int64_t width = std::min<int64_t>(B * L, to.d - c0);
+  const int64_t workers = std::clamp<int64_t>((order.n + order.d_sae) * B * L / 65536, 1, num_threads());
+  const auto read = [&](const auto* from, Vec<A> (&v)[B]) {
+    for (int b = 0; b < B; ++b) v[b] = Part ? load_some(from + b * L, width - b * L) : load(from + b * L);
+  };
+  const auto write = [&](auto* out, const Vec<A> (&v)[B]) {
+    for (int b = 0; b < B; ++b) Part ? store_some(out + b * L, v[b], width - b * L) : store(out + b * L, v[b]);
+  };
+  Vec<A> centre[B] = {};
+  if (to.centre) read(to.centre + c0, centre);
+
+  share_out((order.d_sae + kStep - 1) / kStep, workers, [&](int64_t, int64_t task) {
+    for (int64_t f = task * kStep; f < std::min(order.d_sae, (task + 1) * kStep); ++f) {
+      const int64_t begin = order.start[f], end = order.start[f + 1], at = f * to.d + c0;
+      Vec<A> w[B] = {}, total[B] = {};
+      if (f + kAhead < order.d_sae) {
+        if (Dots) prefetch_row(to.W + at + kAhead * to.d, width);
+        prefetch_row(to.sums + at + kAhead * to.d, width);
+      }
+      if (Dots && begin < end) read(to.W + at, w);
+      A weight_sum = 0;
+      for (int64_t s = begin; s < end; s += kSpan) {
+        const int64_t n = std::min(kSpan, end - s);
+        Vec<A> part[B] = {};
+        sum_entries<Dots, B>(rows, stride, block.row + s, weights + s, n, w, part, dots + s);
+        for (int b = 0; b < B; ++b) total[b] += part[b];
+        if (to.totals && c0 == 0) {
+          A span = 0;
+          for (int64_t i = s; i < s + n; ++i) span += weights[i];
+          weight_sum += span;
+        }
+      }
+      if (to.totals && c0 == 0) to.totals[f] = block.first ? weight_sum : to.totals[f] + weight_sum;
+      if (!block.first) {
+        Vec<A> before[B];
+        to.wide ? read(to.wide + at, before) : read(to.sums + at, before);
+        for (int b = 0; b < B; ++b) total[b] = before[b] + total[b];
+      }
+      if (block.last && to.centre)
+        for (int b = 0; b < B; ++b) total[b] -= to.totals[f] * centre[b];
+      to.wide && !block.last ? write(to.wide + at, total) : write(to.sums + at, total);
+    }
+  });
+}
+
+// Adds one block of n rows.
+template <bool Dots, class T>
+void sum_block(const LatentSums<T>& to, const Block& block, const Acc<T>* weights, const T* rows, int64_t n, Acc<T>* dots) {
+  using A = Acc<T>;
+  Buffer<A> packed(n * kSlice<A>);
+  for (int64_t c0 = 0; c0 == 0 || c0 < to.d; c0 += kSlice<A>) {
+    const int64_t width = std::min(kSlice<A>, to.d - c0);
+    with_vecs<A>(width, [&]<int B>() {
+      constexpr int64_t stride = B * kLanes<A>;
+      if constexpr (std::is_same_v<T, A>)
+        if (to.d == stride) return sum_slice<Dots, B, false>(to, block, weights, rows, stride, 0, dots);  // packed as it is
+      pack_slice(rows, n, to.d, c0, width, stride, packed.p);
+      (width == stride ? sum_slice<Dots, B, false, T> : sum_slice<Dots, B, true, T>)(to, block, weights, packed.p, stride, c0, dots);
+    });
+  }
+}
+
+// Rows of one block: a slice of them fits the second-level cache, or nearly, and a latent is met often enough to pay for
+// reading its sum once more. For a given shape it is the same on every machine.
+inline int64_t block_rows(int64_t rows, int64_t k, int64_t d_sae) {
+  const int64_t most = std::max<int64_t>(8192, 4 * d_sae / std::max<int64_t>(k, 1)), blocks = (rows + most - 1) / most;
+  return blocks < 2 ? rows : (rows + blocks - 1) / blocks;
+}
+
+// f(order, first row, rows, first?, last?) for every block; for no rows at all one empty block, which writes the zeros.
+template <class F> void each_block(const int32_t* indices, int64_t rows, int64_t k, int64_t d_sae, const F& f) {
+  const int64_t step = std::max<int64_t>(1, block_rows(rows, k, d_sae));
+  for (int64_t r0 = 0; r0 == 0 || r0 < rows; r0 += step) {
+    const int64_t n = std::min(step, rows - r0);
+    f(LatentOrder(indices + r0 * k, n, k, d_sae), r0, n, r0 == 0, r0 + n >= rows);
+  }
 }
 
 }  // namespace SK_ISA

@@ -1,26 +1,18 @@
 // topk_encode on the CPU: encode_rows.h with no threshold but the running one, and the weight gradients.
+#include "cpu/code_grads.h"
 #include "cpu/encode_rows.h"
 
 namespace sae_kernels {
-
-template <class T> struct EncodeBackwardArgs {
-  const T* grad_pre; const int32_t* indices; const T* x;
-  int64_t rows, k, d_in, d_sae;
-  T* grad_W; T* grad_b;
-};
 
 namespace SK_ISA {
 
 template <class T> void encode(const EncodeArgs<T>& args) { encode_rows(args); }
 
-template <class T> void encode_backward(const EncodeBackwardArgs<T>& args) {
-  latent_sums<false, T>(args.grad_pre, args.indices, args.x, nullptr, args.rows, args.k, args.d_in, args.d_sae, args.grad_W,
-                        args.grad_b, nullptr);
-}
+template <class T> void encode_backward(const CodeGradArgs<T>& args) { code_grads(args); }
 
 #define SK_INSTANTIATE(T)                     \
   template void encode(const EncodeArgs<T>&); \
-  template void encode_backward(const EncodeBackwardArgs<T>&);
+  template void encode_backward(const CodeGradArgs<T>&);
 SK_INSTANTIATE(float)
 SK_INSTANTIATE(double)
 SK_INSTANTIATE(bf16)
@@ -39,7 +31,7 @@ SK_INSTANTIATE(fp16)
 namespace sae_kernels {
 
 SK_DECLARE(template <class T> void encode(const EncodeArgs<T>& args))
-SK_DECLARE(template <class T> void encode_backward(const EncodeBackwardArgs<T>& args))
+SK_DECLARE(template <class T> void encode_backward(const CodeGradArgs<T>& args))
 
 void* workspace(int64_t bytes) {
   void* p = std::aligned_alloc(64, static_cast<size_t>((std::max<int64_t>(bytes, 1) + 63) / 64 * 64));
@@ -71,8 +63,10 @@ std::tuple<Tensor, Tensor> topk_encode_backward(Tensor grad_pre, Tensor indices,
   x = dense(x);
   Tensor grad_W = empty_like_dtype(x, {d_sae, x.size(1)}), grad_b = empty_like_dtype(x, {d_sae});
   with_float_type(x.scalar_type(), [&]<class T>(T) {
-    const EncodeBackwardArgs<T> args{data<T>(grad_pre), data<int32_t>(indices), data<T>(x), x.size(0), grad_pre.size(1), x.size(1),
-                                     d_sae, mutable_data<T>(grad_W), mutable_data<T>(grad_b)};
+    const CodeGradArgs<T> args{.indices = data<int32_t>(indices), .rows = x.size(0), .k = grad_pre.size(1),
+                               .d_sae = d_sae, .encoder = true,
+                               .x = data<T>(x), .more = data<T>(grad_pre), .d_in = x.size(1),
+                               .grad_W_enc = mutable_data<T>(grad_W), .grad_b_enc = mutable_data<T>(grad_b)};
     SK_DISPATCH(encode_backward<T>, args);
   });
   return {grad_W, grad_b};

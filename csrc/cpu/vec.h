@@ -102,6 +102,18 @@ template <class T> inline void store(T* p, Vec<Acc<T>> v) {
   else for (int i = 0; i < kLanes<Acc<T>>; ++i) p[i] = from_acc<T>(v[i]);
 }
 
+// The first n lanes, all of them where n is larger; the others come as 0 and are not stored.
+template <class T> inline Vec<Acc<T>> load_some(const T* p, int64_t n) {
+  if (n >= kLanes<Acc<T>>) return load(p);
+  T lanes[kLanes<Acc<T>>] = {};
+  for (int64_t i = 0; i < n; ++i) lanes[i] = p[i];
+  return load(lanes);
+}
+template <class T> inline void store_some(T* p, Vec<Acc<T>> v, int64_t n) {
+  if (n >= kLanes<Acc<T>>) return store(p, v);
+  for (int64_t i = 0; i < n; ++i) p[i] = from_acc<T>(Acc<T>(v[i]));
+}
+
 // halves joined until one lane is left: a fixed tree, so the same bits whoever calls
 template <class A, int Bytes, class V, class F> inline A join_halves(V v, const F& join) {
   if constexpr (Bytes == 2 * sizeof(A)) {

@@ -83,15 +83,50 @@ def join_chunks(
                 tl.store(totals + latent, weight_total.to(totals.dtype.element_ty))
 
 
+class Chunks:
+    """One stable sort of the entries by latent, cut into chunks: it serves every sum over them.
+
+    indices [N, k]; chunk: entries of one program. All sizes are known without asking the device: `programs` covers the
+    chunks of any order, and those beyond the real number leave at once; `slots` partial sums of split latents.
+    """
+
+    def __init__(self, indices: Tensor, d_sae: int, chunk: int) -> None:
+        self.chunk, self.d_sae, self.k = chunk, d_sae, indices.shape[1]
+        ranked, self.order = indices.reshape(-1).sort(stable=True)
+        self.starts = torch.searchsorted(ranked, torch.arange(d_sae + 1, dtype=ranked.dtype, device=ranked.device))
+        # every latent has one: it writes the zeros
+        self.counts = ((self.starts.diff() + (chunk - 1)) // chunk).clamp(min=1)
+        ends = self.counts.cumsum(0)
+        split = torch.where(self.counts > 1, self.counts, 0)
+        self.first_chunk, self.first_slot = ends - self.counts, split.cumsum(0) - split
+        self.programs = d_sae + indices.numel() // chunk
+        self.slots = 2 * indices.numel() // chunk
+        self.latent_of = torch.searchsorted(ends, torch.arange(self.programs, device=ends.device), right=True)
+
+    def join(self, sums: Tensor, totals: Tensor | None, slots: Tensor, slot_totals: Tensor, plan: tuning.SumsPlan):
+        """Adds the slots of the latents that were split to `sums` [d_sae, d] and `totals` [d_sae]."""
+        grid = (self.d_sae, triton.cdiv(sums.shape[1], plan.BLOCK_D))
+        join_chunks[grid](
+            self.counts, self.first_slot, sums, totals, slots, slot_totals, sums.shape[1],
+            ACC=accumulator(sums.dtype), HAS_TOTALS=totals is not None, BLOCK_D=plan.BLOCK_D, num_warps=plan.warps,
+        )  # fmt: skip
+
+    def empty_slots(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Partial sums of rows [N, d] and of their weights."""
+        wide = torch.float64 if rows.dtype == torch.float64 else torch.float32
+        return rows.new_empty(self.slots, rows.shape[-1], dtype=wide), rows.new_empty(self.slots, dtype=wide)
+
+
 def latent_sums(
     indices: Tensor, weights: Tensor, rows: Tensor, d_sae: int, *,
-    with_totals: bool = False, W: Tensor | None = None, chunk: int | None = None,
+    with_totals: bool = False, W: Tensor | None = None, chunk: int | None = None, chunks: Chunks | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """indices, weights [N, k], rows [N, d] -> sums [d_sae, d]; sums of the weights [d_sae]; dots [N, k] with W [d_sae,
     d].
 
     The last two where asked for: W is allowed up to d = tuning.widest_row. Entries whose index is out of range are left
     out of the sums, and their dots are NaN. chunk: entries summed by one program; None lets the workspace decide.
+    chunks: the order of these very indices, where it is at hand.
     """
     entries, d = indices.numel(), rows.shape[1]
     sums = rows.new_zeros(d_sae, d) if entries * d == 0 else rows.new_empty(d_sae, d)
@@ -99,30 +134,14 @@ def latent_sums(
     dots = None if W is None else rows.new_full(indices.shape, float("nan") if d else 0.0)
     if entries * d == 0:
         return sums, totals, dots
-    chunk = chunk or tuning.chunk_length(entries, d, rows.element_size())
     plan = tuning.sums_plan(d, rows.element_size())
-    ranked, order = indices.reshape(-1).sort(stable=True)
-    starts = torch.searchsorted(ranked, torch.arange(d_sae + 1, dtype=ranked.dtype, device=ranked.device))
-    chunks = ((starts.diff() + (chunk - 1)) // chunk).clamp(min=1)  # every latent has one: it writes the zeros
-    ends = chunks.cumsum(0)
-    split = torch.where(chunks > 1, chunks, 0)
-    most = d_sae + entries // chunk  # known without asking the device; programs beyond the real number leave at once
-    latent_of = torch.searchsorted(ends, torch.arange(most, device=ends.device), right=True)
-    wide = torch.float64 if rows.dtype == torch.float64 else torch.float32
-    slots = rows.new_empty(2 * entries // chunk, d, dtype=wide)
-    slot_totals = rows.new_empty(2 * entries // chunk, dtype=wide)
-    slices = triton.cdiv(d, plan.BLOCK_D)
-    options = {
-        "ACC": accumulator(rows.dtype),
-        "HAS_TOTALS": with_totals,
-        "BLOCK_D": plan.BLOCK_D,
-        "num_warps": plan.warps,
-    }
-    outputs = (sums, totals, slots, slot_totals)
-    sum_chunks[(most, slices)](
+    c = chunks or Chunks(indices, d_sae, chunk or tuning.chunk_length(entries, d, rows.element_size()))
+    slots, slot_totals = c.empty_slots(rows)
+    sum_chunks[(c.programs, triton.cdiv(d, plan.BLOCK_D))](
         rows.contiguous(), weights.contiguous(), None if W is None else W.contiguous(),
-        order, starts, ends - chunks, chunks, split.cumsum(0) - split, latent_of, dots, *outputs,
-        chunk, d_sae, indices.shape[1], d, HAS_DOTS=W is not None, ENTRIES=plan.ENTRIES, **options,
+        c.order, c.starts, c.first_chunk, c.counts, c.first_slot, c.latent_of, dots, sums, totals, slots, slot_totals,
+        c.chunk, d_sae, c.k, d, ACC=accumulator(rows.dtype), HAS_TOTALS=with_totals, HAS_DOTS=W is not None,
+        ENTRIES=plan.ENTRIES, BLOCK_D=plan.BLOCK_D, num_warps=plan.warps,
     )  # fmt: skip
-    join_chunks[(d_sae, slices)](chunks, split.cumsum(0) - split, *outputs, d, **options)
+    c.join(sums, totals, slots, slot_totals, plan)
     return sums, totals, dots

@@ -8,6 +8,25 @@ from torch import Tensor
 from . import tuning
 
 
+@triton.jit
+def add_slots(
+    total, values, indices, W, row, column, live, inside, first, last, k, d_sae, d_out,
+    ACC: tl.constexpr, UNROLL: tl.constexpr,
+):  # fmt: skip
+    """total [rows, columns] + sum of values[:, j] W[indices[:, j]], first <= j < last, j in order."""
+    for start in range(first, last, UNROLL):
+        for step in tl.static_range(UNROLL):
+            at = start + step + tl.zeros_like(row)
+            on = live & (at < last)
+            latent = tl.load(indices + row * k + at, mask=on, other=0).to(tl.int64)
+            value = tl.load(values + row * k + at, mask=on, other=0.0).to(ACC)
+            valid = (latent >= 0) & (latent < d_sae)
+            here = (on & valid)[:, None] & inside[None, :]
+            weight = tl.load(W + latent[:, None] * d_out + column[None, :], mask=here, other=0.0).to(ACC)
+            total += tl.where(valid, value, float("nan"))[:, None] * weight
+    return total
+
+
 @triton.jit(do_not_specialize=["rows"])
 def decode(
     values, indices, W, bias, out, rows, k, d_sae, d_out,
@@ -22,16 +41,7 @@ def decode(
     column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     live, inside = row < rows, column < d_out
     total = tl.zeros((ROWS, BLOCK_D), ACC)
-    for start in range(0, k, UNROLL):
-        for step in tl.static_range(UNROLL):
-            at = start + step + tl.zeros_like(row)
-            on = live & (at < k)
-            latent = tl.load(indices + row * k + at, mask=on, other=0).to(tl.int64)
-            value = tl.load(values + row * k + at, mask=on, other=0.0).to(ACC)
-            valid = (latent >= 0) & (latent < d_sae)
-            here = (on & valid)[:, None] & inside[None, :]
-            weight = tl.load(W + latent[:, None] * d_out + column[None, :], mask=here, other=0.0).to(ACC)
-            total += tl.where(valid, value, float("nan"))[:, None] * weight
+    total = add_slots(total, values, indices, W, row, column, live, inside, 0, k, k, d_sae, d_out, ACC, UNROLL)
     if HAS_BIAS:
         total += tl.load(bias + column, mask=inside, other=0.0).to(ACC)[None, :]
     tl.store(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from ..ops import sparse_decode, topk_encode
+from ..ops import sae_loss, sparse_decode, topk_encode
 from ..ops.reference import accumulator
 from .code import SparseCode
 from .group import summed
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 _BLOCK_ELEMENTS = 2**20
-_FUSED_ELEMENTS = 2**21  # 8 MiB of float32
 
 
 class SAELoss(NamedTuple):
@@ -79,54 +78,10 @@ def squared_error(y: Tensor, x: Tensor, weight: Tensor | None = None) -> Tensor:
 def reconstruction_error(
     values: Tensor, indices: Tensor, W_dec: Tensor, b_dec: Tensor, x: Tensor, weight: Tensor | None, scale: Tensor
 ) -> Tensor:
-    """squared_error(sparse_decode(values, indices, W_dec, b_dec), x, weight) / scale, with scale a constant.
-
-    A large batch in float32 or float64 goes block by block, and what was decoded is never kept: the gradients, which
-    are smaller, are formed at once.
-    """
-    large = x.numel() > _fused_elements(W_dec) and x.dtype in (torch.float32, torch.float64)
-    if not large or x.requires_grad or torch.compiler.is_compiling():
-        return squared_error(sparse_decode(values, indices, W_dec, b_dec), x, weight) / scale
-    return _BlockwiseError.apply(values, indices, W_dec, b_dec, x, weight, scale, torch.is_grad_enabled())
-
-
-def _fused_elements(W_dec: Tensor) -> int:
-    # every block adds a gradient of the size of W_dec: a block much smaller than that would pay more than it saves
-    return max(_FUSED_ELEMENTS, W_dec.numel() // 2)
-
-
-def _block_error(values, indices, W_dec, b_dec, x, weight, scale, places: list[Tensor | None]) -> Tensor:
-    """The error of some rows; adds its gradients to `places` (values, W_dec, b_dec) where they are wanted."""
-    wanted = [place is not None for place in places]
-    with torch.set_grad_enabled(any(wanted)):
-        leaves = [t.detach().requires_grad_(w) for t, w in zip((values, W_dec, b_dec), wanted, strict=True)]
-        error = squared_error(sparse_decode(leaves[0], indices, *leaves[1:]), x, weight) / scale
-    if any(wanted):
-        found = torch.autograd.grad(error, [leaf for leaf in leaves if leaf.requires_grad])
-        for place, grad in zip((p for p in places if p is not None), found, strict=True):
-            place.add_(grad)
-    return error.detach()
-
-
-class _BlockwiseError(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, values, indices, W_dec, b_dec, x, weight, scale, with_grad):
-        needed = [with_grad and need for need in (ctx.needs_input_grad[0], *ctx.needs_input_grad[2:4])]
-        grads = [torch.zeros_like(t) if n else None for t, n in zip((values, W_dec, b_dec), needed, strict=True)]
-        total = torch.zeros_like(scale)
-        for rows in row_blocks(x, _fused_elements(W_dec)):
-            places = [grads[0][rows] if needed[0] else None, grads[1], grads[2]]
-            part = None if weight is None else weight[rows]
-            block = (values[rows], indices[rows], W_dec, b_dec, x[rows], part, scale)
-            total = total + _block_error(*block, places)
-        ctx.save_for_backward(*grads)
-        return total
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        dvalues, dW, db = (None if part is None else part * grad for part in ctx.saved_tensors)
-        return dvalues, None, dW, db, None, None, None, None
+    """sum_n weight[n] * |x_hat[n] - x[n]|^2 / scale of what the code decodes to, with scale a constant; weight [N] or
+    None for 1."""
+    errors = sae_loss(x, values, indices, W_dec, b_dec).errors
+    return (errors if weight is None else errors * weight).sum() / scale
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from ..ops import _checks, sparse_decode, topk_encode
+from ..ops import _autocast, _checks, sparse_decode, topk_encode
 from ..ops.reference import accumulator
 from ..ops.topk_encode import ACTIVATIONS
 from .code import SparseCode
@@ -225,7 +225,8 @@ class TopKSAE(nn.Module):
         training = torch.is_grad_enabled() and self.b_dec.requires_grad and not x.requires_grad
         if training and x.dtype in (torch.float32, torch.float64):
             # b_dec through the bias: no copy of x, and its gradient without a gradient of the size of x
-            b_enc = b_enc - (self.W_enc * self.b_dec).sum(-1)
+            with _autocast.switched_off(x.device):
+                b_enc = b_enc - torch.mv(self.W_enc, self.b_dec)
         else:
             x = x - self.b_dec
         return x, b_enc

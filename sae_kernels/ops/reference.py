@@ -1,5 +1,7 @@
 """Plain torch oracles: the definition of right for every op."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
@@ -90,3 +92,15 @@ def sparse_decode(values: Tensor, indices: Tensor, W_dec: Tensor, b_dec: Tensor 
     codes = codes.scatter_add(1, indices.long(), values.to(acc))
     y = codes @ W_dec.to(acc)
     return (y if b_dec is None else y + b_dec.to(acc)).to(W_dec.dtype)
+
+
+def sae_loss(
+    x: Tensor, values: Tensor, indices: Tensor, W_dec: Tensor, b_dec: Tensor | None, prefixes: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    """x [N, d_out] -> errors [N, P] in the accumulator's dtype, residual of the last prefix [N, d_out] in x's dtype."""
+    acc = accumulator(W_dec.dtype)
+    wide = (values.to(acc), W_dec.to(acc), None if b_dec is None else b_dec.to(acc))
+    off = torch.stack(
+        [sparse_decode(wide[0][:, :end], indices[:, :end], *wide[1:]) - x.to(acc) for end in prefixes], dim=1
+    )
+    return off.square().sum(-1), off[:, -1].to(x.dtype)

@@ -1,5 +1,8 @@
 """sparse_decode: the weighted sum of the chosen decoder rows; codes of size rows x d_sae never exist in memory."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -67,7 +70,7 @@ def sparse_decode(values: Tensor, indices: Tensor, W_dec: Tensor, b_dec: Tensor 
     a GPU, which nobody waits for, make its row NaN instead and leave its entry out of W_dec's gradient.
     """
     values, b_dec = _autocast.widened(W_dec, values, b_dec)
-    _check(values, indices, W_dec, b_dec)
+    check_code("sparse_decode", values, indices, W_dec, b_dec)
     run = _SparseDecode.apply if _checks.needs_grad(values, W_dec, b_dec) else _SparseDecode.forward
     if values.dim() == 2:
         return run(values, indices, W_dec, b_dec, pick(values.device))
@@ -76,8 +79,8 @@ def sparse_decode(values: Tensor, indices: Tensor, W_dec: Tensor, b_dec: Tensor 
     return y.reshape(*values.shape[:-1], W_dec.shape[1])
 
 
-def _check(values, indices, W_dec, b_dec) -> None:
-    op = "sparse_decode"
+def check_code(op: str, values: object, indices: object, W_dec: object, b_dec: object) -> None:
+    """Raises TypeError or ValueError unless the first two are a code [..., k] of the decoder."""
     _checks.tensor(op, "values", values)
     _checks.tensor(op, "indices", indices)
     _checks.tensor(op, "W_dec", W_dec, 2)
@@ -96,15 +99,20 @@ def _check(values, indices, W_dec, b_dec) -> None:
 def decode_with(backend: str, values: Tensor, indices: Tensor, W_dec: Tensor, b_dec: Tensor | None) -> Tensor:
     """The forward kernel of `backend` on 2-d, checked tensors."""
     decode = _reference_forward if backend == "reference" else _forward[backend]
+    return naming_bad_indices(decode, indices, W_dec.shape[0], values, indices, W_dec, b_dec)
+
+
+def naming_bad_indices(kernel: Callable, indices: Tensor, d_sae: int, *args) -> Any:
+    """kernel(*args); where it finds an index out of range, a ValueError that says which (not in a compiled graph)."""
     if torch.compiler.is_compiling():
-        return decode(values, indices, W_dec, b_dec)
+        return kernel(*args)
     try:
-        return decode(values, indices, W_dec, b_dec)
+        return kernel(*args)
     except RuntimeError as error:
         if _OUT_OF_RANGE in str(error) or "out of bounds" in str(error):
             low, high = indices.aminmax()
             raise ValueError(
-                f"{_OUT_OF_RANGE} must be in [0, d_sae = {W_dec.shape[0]}), got values from {low} to {high}"
+                f"{_OUT_OF_RANGE} must be in [0, d_sae = {d_sae}), got values from {low} to {high}"
             ) from None
         raise
 
