@@ -162,7 +162,7 @@ def compiled(kernel, dtype: str, constants: dict, warps: int, stages: int, arch:
     options = {"num_warps": warps, "num_stages": stages}
     if kernel is activation_stats.add_entries:
         options["enable_fp_fusion"] = False
-    if kernel is topk_encode_fused.rescan_product:
+    if kernel in (topk_encode_fused.rescan_product, sae_loss.grad_chunks):
         options["maxnreg"] = tuning.RESCAN_REGISTERS
     built = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:

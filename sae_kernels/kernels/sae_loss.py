@@ -209,6 +209,7 @@ def _fused(grad, scale, values, W, prefixes, x, more, relu, chunks: Chunks):
         dvalues, dW, slots, dW_enc, slots_x, db_enc, slot_totals, chunks.chunk, W.shape[0], chunks.k, d, len(prefixes),
         ACC=accumulator(W.dtype), HAS_SCALE=scale is not None, HAS_DOTS=has_dots, HAS_X=x is not None,
         HAS_MORE=more is not None, RELU=relu, ENTRIES=plan.ENTRIES, BLOCK_D=plan.BLOCK_D, num_warps=plan.warps,
+        maxnreg=tuning.RESCAN_REGISTERS,
     )  # fmt: skip
     chunks.join(dW, None, slots, slot_totals, plan)
     if x is not None:
