@@ -81,8 +81,8 @@ def check_against_the_oracle(shape, dtype, device="cpu"):
         )
 
 
-def affine(x, W_enc, b_enc, centre, indices):
-    return ((x - centre)[:, None] * W_enc[indices.long()]).sum(-1) + b_enc[indices.long()]
+def affine(x, W_enc, b_enc, b_dec, indices):
+    return ((x - b_dec)[:, None] * W_enc[indices.long()]).sum(-1) + b_enc[indices.long()]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -96,17 +96,15 @@ def check_through_the_encoder(shape, dtype, device="cpu"):
     x, values, indices, W_dec, b_dec = (t.to(device) for t in problem(*shape, dtype))
     rows, k, d_sae, d = shape
     generator = torch.Generator().manual_seed(11)
-    W_enc, b_enc, centre = (
-        torch.randn(*s, generator=generator).to(device, dtype) for s in ((d_sae, d), (d_sae,), (d,))
-    )
-    parameters = [W_enc, b_enc, W_dec, b_dec, centre]
+    W_enc, b_enc = (torch.randn(*s, generator=generator).to(device, dtype) for s in ((d_sae, d), (d_sae,)))
+    parameters = [W_enc, b_enc, W_dec, b_dec]
     for prefixes in ([k], sorted({max(1, k // 3), k})):
         for relu in (True, False):
             leaves = [t.clone().requires_grad_() for t in parameters]
             exact = [t.double().requires_grad_() for t in parameters]
             (errors, _), code = autoencoder_loss(x, values, indices, *leaves, relu=relu, prefixes=prefixes)
             assert torch.equal(code, values) and code.requires_grad
-            pre = affine(x.double(), exact[0], exact[1], exact[4], indices)
+            pre = affine(x.double(), exact[0], exact[1], exact[3], indices)
             # the encoder's gradient, at the values that were given
             pre = values.double() + (torch.where(values == 0, pre.detach(), pre) if relu else pre) - pre.detach()
             want = dense_errors(x.double(), pre, indices, exact[2], exact[3], prefixes)
@@ -120,7 +118,7 @@ def test_values_alone_or_errors_alone_reach_the_encoder():
     x, values, indices, W_dec, b_dec = problem(9, 4, 30, 10)
     W_enc, b_enc = torch.randn(30, 10).double().requires_grad_(), torch.zeros(30).double().requires_grad_()
     for part in (0, 1):
-        error, code = autoencoder_loss(x, values, indices, W_enc, b_enc, W_dec, b_dec, None)
+        error, code = autoencoder_loss(x, values, indices, W_enc, b_enc, W_dec, b_dec)
         got = torch.autograd.grad((error.errors, code)[part].sum(), b_enc)[0]
         sent = torch.ones(9, 4).double() if part else 2 * (error.residual @ W_dec.mT).gather(1, indices.long())
         want = torch.zeros(30).double().index_add(0, indices.reshape(-1), torch.where(values == 0, 0, sent).reshape(-1))

@@ -45,7 +45,7 @@ def test_latents_in_many_chunks(monkeypatch):
 
     def grads():
         leaves = [t.clone().requires_grad_() for t in (W_enc, b_enc, W_dec, b_dec)]
-        error, _ = autoencoder_loss(x, values, indices, *leaves, b_dec, prefixes=[1, 2])
+        error, _ = autoencoder_loss(x, values, indices, *leaves, prefixes=[1, 2])
         return torch.autograd.grad(error.total.sum(), leaves)
 
     chunked = grads()

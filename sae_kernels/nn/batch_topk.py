@@ -23,6 +23,7 @@ class BatchTopKSAE(TopKSAE):
     """
 
     variant = "batch_topk"
+    _affine_code = False
     options = (*TopKSAE.options, "max_active")
 
     def __init__(self, d_in: int, d_sae: int, k: int, *, max_active: int | None = None, **options: Any) -> None:

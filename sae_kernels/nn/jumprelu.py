@@ -24,6 +24,7 @@ class JumpReLUSAE(TopKSAE):
     """
 
     variant = "jumprelu"
+    _affine_code = False
     options = (*(name for name in TopKSAE.options if name != "activation"), "max_active", "bandwidth", "l0_coef")
 
     def __init__(

@@ -41,8 +41,7 @@ def row_blocks(x: Tensor, elements: int = _BLOCK_ELEMENTS) -> Iterator[slice]:
 
 def _weighted_square(difference: Tensor, weight: Tensor | None) -> Tensor:
     # row by row first: the order of summation is then the same for any number of threads
-    rows = difference.square().sum(-1)
-    return rows.sum() if weight is None else (rows * weight).sum()
+    return weighted_sum(difference.square().sum(-1), weight)
 
 
 class _SquaredError(torch.autograd.Function):
@@ -80,8 +79,12 @@ def reconstruction_error(
 ) -> Tensor:
     """sum_n weight[n] * |x_hat[n] - x[n]|^2 / scale of what the code decodes to, with scale a constant; weight [N] or
     None for 1."""
-    errors = sae_loss(x, values, indices, W_dec, b_dec).errors
-    return (errors if weight is None else errors * weight).sum() / scale
+    return weighted_sum(sae_loss(x, values, indices, W_dec, b_dec).errors, weight) / scale
+
+
+def weighted_sum(rows: Tensor, weight: Tensor | None) -> Tensor:
+    """sum_n weight[n] * rows[n]; weight [N] or None for 1."""
+    return (rows if weight is None else rows * weight).sum()
 
 
 @torch.no_grad()

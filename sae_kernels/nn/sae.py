@@ -10,11 +10,12 @@ from torch import Tensor, nn
 
 from ..ops import _autocast, _checks, sparse_decode, topk_encode
 from ..ops.reference import accumulator
+from ..ops.sae_loss import autoencoder_loss, has_autoencoder_loss
 from ..ops.topk_encode import ACTIVATIONS
 from .code import SparseCode
 from .constrain import ConstraintHandle, normalize_rows_, project_rows_
 from .group import summed
-from .loss import SAELoss, auxk_loss, reconstruction_error, row_blocks, total_variance
+from .loss import SAELoss, auxk_loss, reconstruction_error, row_blocks, total_variance, weighted_sum
 from .normalize import Normalizer
 
 if TYPE_CHECKING:
@@ -40,6 +41,9 @@ class TopKSAE(nn.Module):
     variant = "topk"
     options = ("d_in", "d_sae", "k", "activation", "normalize", "k_aux", "aux_coef", "aux_rows", "dead_after")
     """Arguments of the constructor that a checkpoint keeps."""
+
+    _affine_code = True
+    """Whether values are W_enc (x - b_dec) + b_enc at the chosen latents: a step then orders the code once."""
 
     data_group: ProcessGroup | None = None
     """The processes that share a batch, row i being with process i mod their number; set while they train together."""
@@ -173,11 +177,10 @@ class TopKSAE(nn.Module):
             rows = torch.where((weight > 0).unsqueeze(-1), rows, 0)
         normalized, offset, scale = self.normalizer(rows)
         normalized = normalized.to(self.W_enc.dtype)
-        values, indices, fires = self._choose_to_train(normalized, weight)
+        scale_of_error = total_variance(normalized, weight, self.data_group)
+        values, indices, fires, mse = self._compare(normalized, weight, scale_of_error)
         if self.training:
             self._count_firings(values, indices, weight)
-        scale_of_error = total_variance(normalized, weight, self.data_group)
-        mse = self._reconstruction_error(values, indices, normalized, weight, scale_of_error)
         aux = self._aux(normalized, values, indices, weight) if self.aux_coef else torch.zeros_like(mse)
         mass = summed(fires.new_zeros(()) + fires.shape[0] if weight is None else weight.sum(), self.data_group)
         l0 = (fires if weight is None else fires * weight).sum() / torch.where(mass > 0, mass, 1)
@@ -219,17 +222,27 @@ class TopKSAE(nn.Module):
     def _total(self, mse: Tensor, aux: Tensor, l0: Tensor) -> Tensor:
         return mse + self.aux_coef * aux
 
+    def _compare(self, x: Tensor, weight: Tensor | None, scale: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Values and indices [N, width], how many latents fire per row [N], and the squared error over `scale`."""
+        if not (self._affine_code and _trains_on(x) and has_autoencoder_loss(x.device)):
+            values, indices, fires = self._choose_to_train(x, weight)
+            return values, indices, fires, self._reconstruction_error(values, indices, x, weight, scale)
+        with torch.no_grad():
+            values, indices = topk_encode(x, self.W_enc, self._centred_bias(), self.k, activation=self.activation)
+        parameters = (self.W_enc, self.b_enc, self.W_dec, self.b_dec)
+        error, values = autoencoder_loss(x, values, indices, *parameters, relu=self.activation == "relu")
+        return values, indices, self._firing_per_row(values), weighted_sum(error.errors, weight) / scale
+
     def _encoder_input(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x and bias such that x W_enc^T + bias are the pre-activations."""
-        b_enc = self.b_enc
-        training = torch.is_grad_enabled() and self.b_dec.requires_grad and not x.requires_grad
-        if training and x.dtype in (torch.float32, torch.float64):
+        if self.b_dec.requires_grad and _trains_on(x):
             # b_dec through the bias: no copy of x, and its gradient without a gradient of the size of x
-            with _autocast.switched_off(x.device):
-                b_enc = b_enc - torch.mv(self.W_enc, self.b_dec)
-        else:
-            x = x - self.b_dec
-        return x, b_enc
+            return x, self._centred_bias()
+        return x - self.b_dec, self.b_enc
+
+    def _centred_bias(self) -> Tensor:
+        with _autocast.switched_off(self.b_dec.device):
+            return self.b_enc - torch.mv(self.W_enc, self.b_dec)
 
     def _decoded(self, values: Tensor, indices: Tensor, b_dec: Tensor | None) -> Tensor:
         return sparse_decode(values, indices, self.W_dec, b_dec)
@@ -335,6 +348,11 @@ class TopKSAE(nn.Module):
         if f"{prefix}_extra_state" in state_dict:
             self._checked_state(state_dict[f"{prefix}_extra_state"])
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def _trains_on(x: Tensor) -> bool:
+    """Whether x is data of a training step, in a dtype in which products with W_enc can be split into two sums."""
+    return torch.is_grad_enabled() and not x.requires_grad and x.dtype in (torch.float32, torch.float64)
 
 
 def _check_sizes(d_in: int, d_sae: int, k: int, k_aux: int | None, aux_rows: int, dead_after: int) -> None:

@@ -34,6 +34,7 @@ class ShardedTopKSAE(TopKSAE):
     """
 
     sharded = ("W_enc", "b_enc", "W_dec", "rows_since_fired")
+    _affine_code = False  # the reconstruction is summed over the processes in between
 
     def __init__(self, d_in: int, d_sae: int, k: int, *, shard_group: ProcessGroup, **options: Any) -> None:
         size, self_rank = torch.distributed.get_world_size(shard_group), torch.distributed.get_rank(shard_group)
