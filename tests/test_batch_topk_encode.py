@@ -61,7 +61,7 @@ def test_by_hand():
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("rows", [1, 70])
+@pytest.mark.parametrize("rows", [1, 100])
 def test_exact_arithmetic_entry_for_entry(isa, rows, activation, dtype):
     """Rows of very different strength: some of them reach the cap, some contribute nothing."""
     x, W, b = small_integers(rows, 9, 67, dtype, seed=rows)

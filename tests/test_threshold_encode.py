@@ -57,7 +57,7 @@ def test_by_hand():
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("rows", [1, 17])
+@pytest.mark.parametrize("rows", [1, 97])
 def test_exact_arithmetic_entry_for_entry(isa, rows, activation, dtype):
     x, W, b = small_integers(rows, 19, 133, dtype, seed=rows)
     g = torch.Generator().manual_seed(rows)
@@ -107,7 +107,7 @@ def test_random(isa, rows, dtype):
 
 def test_more_pass_than_there_are_slots(isa):
     """The strongest stay, in every order in which they may come; the count is of all."""
-    for rows in (2, 40):
+    for rows in (2, 100):
         x = torch.ones(rows, 1)
         for W in (torch.arange(1.0, 3001)[:, None], torch.arange(3000.0, 0, -1)[:, None], torch.ones(3000, 1)):
             values, indices, counts = sk.threshold_encode(x, W, None, 0.5, max_active=10)
@@ -116,7 +116,7 @@ def test_more_pass_than_there_are_slots(isa):
             assert (counts == 3000).all()
 
 
-@pytest.mark.parametrize("rows", [1, 20])
+@pytest.mark.parametrize("rows", [1, 100])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_nan_and_inf(isa, rows, activation):
     x, W, b = small_integers(rows, 9, 70, torch.float32)

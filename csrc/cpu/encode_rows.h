@@ -19,7 +19,7 @@ namespace sae_kernels {
 namespace SK_ISA {
 
 constexpr int64_t kBlockBytes = 8 << 20, kCandidateBytes = 16 << 20, kTileBytes = 512 << 10;
-constexpr int64_t kFewRows = 16, kWorkOfOne = 6 << 20;
+constexpr int64_t kFewRows = 96, kWorkOfOne = 6 << 20;
 
 // Panels in an order that looks random to any structure along d_sae: steps of the golden ratio, made coprime to n.
 struct Scatter {
