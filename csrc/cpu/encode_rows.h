@@ -19,7 +19,7 @@ namespace sae_kernels {
 namespace SK_ISA {
 
 constexpr int64_t kBlockBytes = 8 << 20, kCandidateBytes = 16 << 20, kTileBytes = 512 << 10;
-constexpr int64_t kFewRows = 96, kWorkOfOne = 6 << 20;
+constexpr int64_t kFewRows = 96, kWorkOfOne = 8 << 20;
 
 // Panels in an order that looks random to any structure along d_sae: steps of the golden ratio, made coprime to n.
 struct Scatter {
@@ -168,7 +168,7 @@ template <class Args> void encode_few(const Args& args) {
   constexpr int L = kLanes<A>;
   const int64_t d_in = args.d_in, k = args.k, n_rows = args.rows, stride = (d_in + L - 1) / L * L;
   const Competitors competitors{args.competitors, args.n_competitors, args.rest};
-  // a thread that sleeps can take milliseconds to come: it is called for a few million multiply-adds, not for less
+  // a thread that sleeps can take milliseconds to come: it is called for 8 million multiply-adds, not for less
   const int64_t workers = std::clamp<int64_t>(n_rows * competitors.count * d_in / kWorkOfOne, 1, num_threads());
 
   // one state per worker and row; the first worker's then takes in the others'
