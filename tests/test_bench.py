@@ -1,5 +1,6 @@
 """The benchmark suite: its gate, its figures, its files."""
 
+import itertools
 import json
 import os
 import re
@@ -198,9 +199,15 @@ def test_ceilings_are_rates_of_this_machine():
     assert limits["bfloat16"].product >= limits["float32"].product
 
 
-def test_rounds_are_interleaved_and_rotate():
-    order = [name for name, _ in measure.interleaved({"a": lambda: 1.0, "b": lambda: 2.0}, budget=0.0, least=3)]
-    assert order == ["a", "b", "b", "a", "a", "b"]
+def test_rounds_are_interleaved_and_nobody_keeps_a_neighbour():
+    timers = {name: lambda: 1.0 for name in "abcd"}
+    rounds = 24
+    order = [name for name, _ in measure.interleaved(timers, budget=0.0, least=rounds)]
+    assert order == [name for name, _ in measure.interleaved(timers, budget=0.0, least=rounds)]
+    turns = [order[i : i + 4] for i in range(0, 4 * rounds, 4)]
+    assert all(sorted(turn) == list("abcd") for turn in turns) and len(order) == 4 * rounds
+    followers = {(a, b) for a, b in itertools.pairwise(order) if a != b}
+    assert len(followers) == 12
     assert len(list(measure.interleaved({"a": lambda: 1.0}, budget=1e9, least=1, most=7))) == 7
 
 
