@@ -133,10 +133,9 @@ def release(device: str) -> None:
 def interleaved(
     timers: dict[Any, Callable[[], Any]], budget: float, least: int = 5, most: int = 40
 ) -> Iterator[tuple[Any, Any]]:
-    """Yields (name, seconds), one of each per round; stops after `budget` seconds or `most` rounds, never before `least`.
-
-    Each round has an order of its own, the same in every run: a call finds caches and threads as the one before it left
-    them, and nobody is to follow the same neighbour always."""
+    """Yields (name, seconds), one of each per round; stops after `budget` seconds or `most` rounds, not before `least`
+    rounds. Each round has an order of its own, the same in every run: a call finds caches and threads as the one before
+    it left them, and nobody is to follow the same neighbour always."""
     names = list(timers)
     start = time.perf_counter()
     for number in range(most):
