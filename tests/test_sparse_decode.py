@@ -176,3 +176,22 @@ def test_a_compiled_graph_raises_on_a_bad_index_too():
     assert torch.equal(compiled(values, indices), sk.sparse_decode(values, indices, W, b))
     with pytest.raises(RuntimeError, match="indices must be in"):
         compiled(values, indices + 30)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_columns_in_slices(isa, dtype):
+    """A decoder whose rows are used very often is read in slices: the same bits as row by row."""
+    g = torch.Generator().manual_seed(0)
+    rows, k, d_sae, d = 8000, 40, 2500, 333
+    values = torch.randn(rows, k, generator=g).to(dtype)
+    indices = torch.randint(0, d_sae, (rows, k), generator=g, dtype=torch.int32)
+    W, b = torch.randn(d_sae, d, generator=g).to(dtype), torch.randn(d, generator=g).to(dtype)
+    few = slice(4000, 4030)
+    got, error = (
+        sk.sparse_decode(values, indices, W, b),
+        sk.sae_loss(torch.zeros(rows, d, dtype=dtype), values, indices, W, b),
+    )
+    assert torch.equal(got[few], sk.sparse_decode(values[few], indices[few], W, b))
+    assert torch.equal(error.residual, got)
+    exact = reference.sparse_decode(values[few].double(), indices[few], W.double(), b.double())
+    torch.testing.assert_close(error.errors[few].double(), exact.square().sum(-1), rtol=1e-5, atol=0)

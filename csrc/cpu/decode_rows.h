@@ -17,7 +17,8 @@ template <class T> struct CodeArgs {
 
 namespace SK_ISA {
 
-constexpr int64_t kCachedBytes = 3 << 19, kUses = 4;
+// Slices are worth their copy where a row of W is used very often, or else comes from memory each time.
+constexpr int64_t kCachedBytes = 3 << 19, kUses = 128, kLastCacheBytes = 32 << 20, kUsesFromMemory = 8;
 
 // total[b] += sum of value * row of slots [j, end); `columns` of B vectors exist; rows ahead are fetched up to `ahead_end`.
 template <int B, bool Part, class T, class R>
@@ -74,7 +75,9 @@ template <class T, class F> inline void decode_row(const CodeArgs<T>& args, int6
 template <class T, class F> void decode_rows(const CodeArgs<T>& args, const F& done) {
   using A = Acc<T>;
   const int64_t d = args.d_out, grain = std::max<int64_t>(1, 65536 / std::max<int64_t>(1, args.k * std::min(d, kSlice<A>)));
-  if (args.d_sae * d * static_cast<int64_t>(sizeof(T)) <= kCachedBytes || args.rows * args.k < kUses * args.d_sae) {
+  const int64_t bytes = args.d_sae * d * static_cast<int64_t>(sizeof(T));
+  const int64_t worth = bytes <= kLastCacheBytes ? kUses : kUsesFromMemory;
+  if (bytes <= kCachedBytes || args.rows * args.k < worth * args.d_sae) {
     parallel_for(0, args.rows, grain, [&](int64_t begin, int64_t end) {
       for (int64_t r = begin; r < end; ++r) decode_row(args, r, done);
     });
