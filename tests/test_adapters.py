@@ -18,16 +18,10 @@ from sae_kernels.recommenders.adapters import (
     from_transformers,
 )
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 LISTS = [[3, 0, 4, 9], [], [1, 2, 3, 4, 0, 5, 6, 7, 8, 10, 11], [2]]
 N, LENGTH = 12, 6
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

@@ -22,15 +22,9 @@ from sae_kernels.ops import backend
 from sae_kernels.train import load_sae
 from sae_kernels.train.activations import load_activations
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SMALL = ["--width", "4", "--k", "4", "--steps", "60", "--batch-size", "64", "--quiet"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

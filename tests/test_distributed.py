@@ -16,16 +16,10 @@ from sae_kernels import cli
 from sae_kernels.nn import BatchTopKSAE, JumpReLUSAE, TopKSAE
 from sae_kernels.train import Interrupted, fit, load_sae
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 D_IN, D_SAE, K = 8, 32, 4
 SETTINGS = {"steps": 12, "batch_size": 64, "log_every": 3, "progress": False, "lr": 3e-3}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def activations(rows=300):

@@ -14,13 +14,7 @@ from sae_kernels import TopKSAE
 from sae_kernels.data.extract import CallableInputs, as_inputs, repair
 from sae_kernels.data.store import ActivationStore
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_rows_positions_and_ids_without_the_padding(tmp_path):

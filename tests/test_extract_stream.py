@@ -12,13 +12,7 @@ from sae_kernels.data.extract import ActivationStream, collect_stats
 from sae_kernels.hooks import record
 from sae_kernels.train import fit
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_stats_of_codes_from_the_store_and_without_a_disk(tmp_path):

@@ -9,14 +9,7 @@ from sae_kernels.data.split import leave_last_out, split_targets, split_users
 from sae_kernels.eval.ranking import rank_metrics
 from sae_kernels.recommenders import ELSA, MultVAE, SASRec, fit_collaborative, fit_sequential
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """The models here are small: more threads only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

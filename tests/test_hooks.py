@@ -46,6 +46,7 @@ class Pair(typing.NamedTuple):
     hidden: torch.Tensor
     other: torch.Tensor
 
+
 RETURNS = {
     "tensor": lambda h, o: h,
     "tuple": lambda h, o: (h, o),

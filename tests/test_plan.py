@@ -4,24 +4,17 @@ import json
 import time
 
 import pytest
-import torch
 
 from sae_kernels import cli
 from sae_kernels import plan as plan_module
 from sae_kernels.plan import CALIBRATION, CHECKS, Costs, Job, Rates, check, measure, plan, predicted, saturation
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 # seconds: 1 ms a step, 1 ps a multiply-add, 10 ps a latent, 100 ps a slot, 20 ps a number, 50 ps a weight
 COSTS = Costs(1e-3, 1e-12, 1e-11, 1e-10, 2e-11, 5e-11, "by hand")
 JOB = Job(rows=10_000_000, d_in=100, d_sae=1000, k=10, batch_size=10_000)
 FAST = Rates(1e12, 1e15, 1e15, 8)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def test_one_process_by_hand():

@@ -14,19 +14,12 @@ from sae_kernels.data.split import leave_last_out
 from sae_kernels.eval.ranking import rank_metrics, sampled_rank_metrics
 from sae_kernels.recommenders import ELSA, MultVAE, SASRec
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 LISTS = [[3, 0, 4], [], [1, 2, 3, 4, 0], [2]]
 # float32 sums of at most some hundred terms of size about 1
 CLOSE = {"atol": 2e-5, "rtol": 1e-5}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """The models here are small: more threads only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

@@ -13,15 +13,9 @@ from sae_kernels.train import Interrupted, fit, from_model, save_sae
 from sae_kernels.train.recipe import Recipe
 from sae_kernels.train.sources import CallableSource, IteratorSource, TensorSource, as_source, mix_seed
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 D_IN, D_SAE, K = 8, 32, 4
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

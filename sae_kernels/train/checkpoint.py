@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .._need import need
+from .._sync import sync
 from .ranks import Ranks
 from .shards import read_shards
 
@@ -144,14 +145,14 @@ def replacing(path: Path, ranks: Ranks | None = None) -> Iterator[Path]:
 
 def _put_in_place(fresh: Path, path: Path) -> None:
     for file in fresh.rglob("*"):
-        _sync(file)
-    _sync(fresh)
+        sync(file)
+    sync(fresh)
     old = _beside(path, "old")
     if path.exists():
         shutil.rmtree(old, ignore_errors=True)
         os.replace(path, old)
     os.replace(fresh, path)
-    _sync(path.parent)
+    sync(path.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -164,13 +165,3 @@ def read_training(folder: Path) -> dict[str, Any]:
 
 def _beside(path: Path, suffix: str) -> Path:
     return path.with_name(f".{path.name}.{suffix}")
-
-
-def _sync(path: Path) -> None:
-    if os.name == "nt" and path.is_dir():
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

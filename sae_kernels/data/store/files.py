@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ..._need import need
+from ..._sync import sync
 
 Parts = Sequence[bytes | memoryview]
 TEMPORARY = ".tmp"
@@ -89,7 +90,7 @@ class LocalFiles:
         except BaseException:
             fresh.unlink(missing_ok=True)
             raise
-        _sync_folder(target.parent)
+        sync(target.parent)
 
     def names(self) -> dict[str, int]:
         if not self.root.is_dir():
@@ -177,13 +178,3 @@ def _write_all(file: Any, part: memoryview) -> None:
     # one write may stop at 2 GiB, or at a limit; the next one then says why
     while part:
         part = part[file.write(part) :]
-
-
-def _sync_folder(path: Path) -> None:
-    if os.name == "nt":
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
