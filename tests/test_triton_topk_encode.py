@@ -311,3 +311,14 @@ if DEVICE == "cuda":
         graph.replay()
         for got, want in zip(captured, step(), strict=True):
             assert torch.equal(got, want)
+
+
+def test_the_fused_path_refuses_what_it_cannot_do():
+    x, W, b = on_device(torch.ones(2, 4), torch.ones(20, 4), torch.zeros(20))
+    with pytest.raises(ValueError, match="more than 20 latents for k = 8"):
+        kernel.topk_encode(x, W, b, 8, 0, None, "fused")
+    mask = torch.ones(1030, dtype=torch.bool, device=x.device)
+    with pytest.raises(ValueError, match="takes no mask"):
+        kernel.topk_encode(
+            x, W[:1].expand(1030, 4).contiguous(), torch.zeros_like(mask, dtype=x.dtype), 4, 0, mask, "fused"
+        )

@@ -19,9 +19,12 @@ def topk_encode(
 ) -> tuple[Tensor, Tensor]:
     """x [N, d_in], W [d_sae, d_in], b [d_sae], mask [d_sae] bool -> values [N, k] in x's dtype, indices [N, k] int32.
 
-    Checked arguments of one dtype, float32 or narrower. path: "fused", "slab", "sort", or "auto" by the shape.
+    Checked arguments of one dtype, float32 or narrower. path: "fused", "slab", "sort", or "auto" by the shape; ValueError
+    for "fused" with a mask or of few latents.
     Workspace: at most SlabPlan.nbytes of products, tuning.GROUP_BYTES of groups and the buffers of one chunk's rows.
     """
+    if path == "fused" and (mask is not None or _few(W.shape[0], k)):
+        raise ValueError(f"topk_encode: path 'fused' takes no mask and more than {W.shape[0]} latents for k = {k}")
     values = x.new_empty(x.shape[0], k)
     indices = x.new_empty(x.shape[0], k, dtype=torch.int32)
     if x.shape[0] > 0:
@@ -35,13 +38,17 @@ def _pick(d_in: int, d_sae: int, k: int, masked: bool, dtype: torch.dtype) -> st
     """Which path, by the weights; the number of rows plays no part. Reckoned, not yet measured."""
     if k > tuning.LARGEST_K:
         return "sort"
-    # where few latents compete a row's k-th best may be none of them, and everything would pass the fused threshold
-    if masked or d_in > tuning.slab_plan(dtype.itemsize).largest_fused or tuning.first_step(d_sae, k) == 1:
+    if masked or d_in > tuning.slab_plan(dtype.itemsize).largest_fused or _few(d_sae, k):
         return "slab"
     # a full float32 product runs without tensor cores: it takes ten times what the slab costs, and cuBLAS does it best
     if dtype == torch.float32 and precision(dtype) == "ieee":
         return "slab"
     return "fused"
+
+
+def _few(d_sae: int, k: int) -> bool:
+    """Then a sample of the latents bounds nothing, and everything would pass the fused threshold."""
+    return tuning.first_step(d_sae, k) == 1
 
 
 def _fused(x, W, b, k, activation, mask, values, indices) -> Tensor:
