@@ -19,8 +19,8 @@ def topk_encode(
 ) -> tuple[Tensor, Tensor]:
     """x [N, d_in], W [d_sae, d_in], b [d_sae], mask [d_sae] bool -> values [N, k] in x's dtype, indices [N, k] int32.
 
-    Checked arguments of one dtype, float32 or narrower. path: "fused", "slab", "sort", or "auto" by the shape; ValueError
-    for "fused" with a mask or of few latents.
+    Checked arguments of one dtype, float32 or narrower. path: "fused", "slab", "sort", or "auto" by the shape;
+    ValueError for "fused" with a mask or of few latents.
     Workspace: at most SlabPlan.nbytes of products, tuning.GROUP_BYTES of groups and the buffers of one chunk's rows.
     """
     if path == "fused" and (mask is not None or _few(W.shape[0], k)):
