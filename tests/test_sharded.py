@@ -6,12 +6,14 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import run_ranks
-from test_distributed import D_IN, D_SAE, SETTINGS, K, activations, largest_difference, new_sae, one_thread  # noqa: F401
+from test_distributed import D_IN, D_SAE, SETTINGS, K, activations, largest_difference, new_sae
 
 from sae_kernels.eval.reconstruction import evaluate_reconstruction
 from sae_kernels.nn.sae import TopKSAE
 from sae_kernels.nn.sharded import ShardedTopKSAE
 from sae_kernels.train import fit, load_sae, save_sae
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def sharded_sae(group=None, **options):

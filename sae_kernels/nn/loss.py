@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 _BLOCK_ELEMENTS = 2**20
+_RESIDUAL_ELEMENTS = 2**20  # 4 MiB of float32
 
 
 class SAELoss(NamedTuple):
@@ -78,13 +79,65 @@ def reconstruction_error(
     values: Tensor, indices: Tensor, W_dec: Tensor, b_dec: Tensor, x: Tensor, weight: Tensor | None, scale: Tensor
 ) -> Tensor:
     """sum_n weight[n] * |x_hat[n] - x[n]|^2 / scale of what the code decodes to, with scale a constant; weight [N] or
-    None for 1."""
-    return weighted_sum(sae_loss(x, values, indices, W_dec, b_dec).errors, weight) / scale
+    None for 1.
+
+    A large batch in float32 or float64 goes block by block, and no residual is kept: the gradients, which are smaller,
+    are formed at once.
+    """
+    if keeps_residual(x, W_dec) or x.requires_grad:
+        return weighted_sum(sae_loss(x, values, indices, W_dec, b_dec).errors, weight) / scale
+    return _BlockwiseError.apply(values, indices, W_dec, b_dec, x, weight, scale, torch.is_grad_enabled())
+
+
+def keeps_residual(x: Tensor, W_dec: Tensor) -> bool:
+    """Whether the residual of x [N, d] is small enough to be kept until backward."""
+    wide = x.dtype in (torch.float32, torch.float64)
+    return not wide or x.numel() <= _block_elements(W_dec) or torch.compiler.is_compiling()
 
 
 def weighted_sum(rows: Tensor, weight: Tensor | None) -> Tensor:
     """sum_n weight[n] * rows[n]; weight [N] or None for 1."""
     return (rows if weight is None else rows * weight).sum()
+
+
+def _block_elements(W_dec: Tensor) -> int:
+    # every block adds a gradient of the size of W_dec: a block much smaller than that would pay more than it saves
+    return max(_RESIDUAL_ELEMENTS, W_dec.numel() // 4)
+
+
+def _block_error(values, indices, W_dec, b_dec, x, weight, scale, places: list[Tensor | None]) -> Tensor:
+    """The error of some rows; adds its gradients to `places` (values, W_dec, b_dec) where they are wanted."""
+    wanted = [place is not None for place in places]
+    with torch.set_grad_enabled(any(wanted)):
+        leaves = [t.detach().requires_grad_(w) for t, w in zip((values, W_dec, b_dec), wanted, strict=True)]
+        error = weighted_sum(sae_loss(x, leaves[0], indices, *leaves[1:]).errors, weight) / scale
+    if any(wanted):
+        found = torch.autograd.grad(error, [leaf for leaf in leaves if leaf.requires_grad])
+        for place, grad in zip((p for p in places if p is not None), found, strict=True):
+            place.add_(grad)
+    return error.detach()
+
+
+class _BlockwiseError(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, values, indices, W_dec, b_dec, x, weight, scale, with_grad):
+        needed = [with_grad and need for need in (ctx.needs_input_grad[0], *ctx.needs_input_grad[2:4])]
+        grads = [torch.zeros_like(t) if n else None for t, n in zip((values, W_dec, b_dec), needed, strict=True)]
+        total = torch.zeros_like(scale)
+        for rows in row_blocks(x, _block_elements(W_dec)):
+            places = [grads[0][rows] if needed[0] else None, grads[1], grads[2]]
+            part = None if weight is None else weight[rows]
+            block = (values[rows], indices[rows], W_dec, b_dec, x[rows], part, scale)
+            total = total + _block_error(*block, places)
+        ctx.save_for_backward(*grads)
+        return total
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        one = grad.device.type == "cpu" and grad.item() == 1  # as it mostly is: no copies then, and no sync
+        dvalues, dW, db = (part if part is None or one else part * grad for part in ctx.saved_tensors)
+        return dvalues, None, dW, db, None, None, None, None
 
 
 @torch.no_grad()

@@ -15,7 +15,15 @@ from ..ops.topk_encode import ACTIVATIONS
 from .code import SparseCode
 from .constrain import ConstraintHandle, normalize_rows_, project_rows_
 from .group import summed
-from .loss import SAELoss, auxk_loss, reconstruction_error, row_blocks, total_variance, weighted_sum
+from .loss import (
+    SAELoss,
+    auxk_loss,
+    keeps_residual,
+    reconstruction_error,
+    row_blocks,
+    total_variance,
+    weighted_sum,
+)
 from .normalize import Normalizer
 
 if TYPE_CHECKING:
@@ -224,7 +232,8 @@ class TopKSAE(nn.Module):
 
     def _compare(self, x: Tensor, weight: Tensor | None, scale: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Values and indices [N, width], how many latents fire per row [N], and the squared error over `scale`."""
-        if not (self._affine_code and _trains_on(x) and has_autoencoder_loss(x.device)):
+        at_once = self._affine_code and _trains_on(x) and keeps_residual(x, self.W_dec)
+        if not (at_once and has_autoencoder_loss(x.device)):
             values, indices, fires = self._choose_to_train(x, weight)
             return values, indices, fires, self._reconstruction_error(values, indices, x, weight, scale)
         with torch.no_grad():
