@@ -186,6 +186,12 @@ def test_concept_map_baselines_and_table():
         assert row["auc_low"] < row["auc"] < row["auc_high"] and row["auc"] > row["auc_raw"]
         assert row["correlation_low"] < row["correlation"] < row["correlation_high"]
         assert row["auc_latent"] == row["characterises_latent"] == row["f1_latent"] and "lens_latent" not in row
+        for by in ("precision", "recall", "f1", "chi_squared"):
+            assert row[by] == found.best(by)[row["concept"]][1] and f"{by}_raw" not in row
+    blank_codes = blank.encode(x)
+    scores = interpret.concept_scores(blank_codes.values.detach(), blank_codes.indices, 24, labels[:, :4])
+    enough = scores.f1.masked_fill(scores.together < 5, 0).amax(1)
+    assert [row["f1_random"] for row in found.table()] == enough.tolist()
     assert found.describe().startswith("4 concepts x 24 latents on 240 rows; ")
     assert found.describe().splitlines()[1:] == [f"left out {n!r}: {why}" for n, why in found.left_out.items()]
 
@@ -243,8 +249,8 @@ def test_unknown_concepts_list_the_nearest():
         found.latents("empty")
     with pytest.raises(ValueError, match="by must be one of characterises, unique, lens, auc"):
         found.latents("art", by="chance")
-    with pytest.raises(ValueError, match="baselines: by must be 'auc' or 'correlation', got 'f1'"):
-        found.baselines("f1")
+    with pytest.raises(ValueError, match="baselines: by must be one of auc, correlation, .* got 'lens'"):
+        found.baselines("lens")
 
 
 def test_item_embeddings_of_a_recommender():

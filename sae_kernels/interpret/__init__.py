@@ -10,9 +10,11 @@ from .concepts import (
     concept_tfidf,
     name_latents,
 )
+from .detectors import DetectorScores, audience_tiles, detector_scores, lens_tiles
 from .examples import Example, item_codes, item_embeddings, latent_examples
 from .explanations import Explanation, Reason, explain
 from .lens import lens_items, logit_lens
+from .readings import Reading, concept_readings, readings_table
 from .selectivity import Selectivity, concept_selectivity, explained_share, latent_table, selectivity
 from .tags import TagTable, tag_table
 
@@ -20,20 +22,25 @@ __all__ = [
     "ConceptLatent",
     "ConceptMap",
     "ConceptScores",
+    "DetectorScores",
     "Example",
     "Explanation",
     "Intervals",
+    "Reading",
     "Reason",
     "Selectivity",
     "TagTable",
+    "audience_tiles",
     "best_latents",
     "bootstrap_intervals",
     "concept_auc",
     "concept_map",
     "concept_mass",
+    "concept_readings",
     "concept_scores",
     "concept_selectivity",
     "concept_tfidf",
+    "detector_scores",
     "explain",
     "explained_share",
     "item_codes",
@@ -41,8 +48,10 @@ __all__ = [
     "latent_examples",
     "latent_table",
     "lens_items",
+    "lens_tiles",
     "logit_lens",
     "name_latents",
+    "readings_table",
     "selectivity",
     "tag_table",
     "untrained",

@@ -83,12 +83,13 @@ class ConceptMap:
     def baselines(self, by: str = "auc") -> dict[str, Tensor]:
         """The best score per concept, [n_concepts] float64, of "sae" and, where there, "raw" and "random".
 
-        A raw dimension may point either way: max(AUC, 1 - AUC), |correlation|. NaN where no latent has the support.
+        by: a score of ConceptScores; "raw" for AUC and correlation alone. A raw dimension may point either way:
+        max(AUC, 1 - AUC), |correlation|. NaN where no latent has the support.
         """
-        if by not in ("auc", "correlation"):
-            raise ValueError(f"baselines: by must be 'auc' or 'correlation', got {by!r}")
+        if by not in SCORES:
+            raise ValueError(f"baselines: by must be one of {', '.join(SCORES)}, got {by!r}")
         found = {"sae": best_scores(self.scores, by, self.min_support)[0]}
-        if self.raw is not None:
+        if self.raw is not None and by in ("auc", "correlation"):
             found["raw"] = _either_way(self.raw, by)
         if self.random is not None:
             found["random"] = best_scores(self.random, by, self.min_support)[0]
@@ -96,16 +97,18 @@ class ConceptMap:
 
     def table(self) -> list[dict[str, str | int | float | None]]:
         """One row per concept: support, the best latent and score by AUC and by correlation with their intervals, what
-        the raw dimensions and the untrained SAE reach, and the best latent by every other measure; None for nothing."""
+        the raw dimensions and the untrained SAE reach; the same without intervals by precision, recall, F1 and chi
+        squared (raw dimensions never fall silent: nothing of theirs to count); the best latent by TF-IDF and by the
+        lens. None for nothing."""
         columns: dict[str, list] = {"concept": self.names, "support": self.scores.support.tolist()}
-        for by in ("auc", "correlation"):
-            interval = getattr(self, f"{by}_interval")
-            scores = self.baselines(by)
+        for by in ("auc", "correlation", "precision", "recall", "f1", "chi_squared"):
             columns[f"{by}_latent"] = [self.best(by).get(name, (None,))[0] for name in self.names]
-            columns[by] = scores["sae"].tolist()
-            columns[f"{by}_low"], columns[f"{by}_high"] = interval[:, 0].tolist(), interval[:, 1].tolist()
-            columns.update({f"{by}_{name}": score.tolist() for name, score in scores.items() if name != "sae"})
-        for by in ("precision", "recall", "f1", "chi_squared", "characterises", "unique", "lens"):
+            for name, score in self.baselines(by).items():
+                columns[by if name == "sae" else f"{by}_{name}"] = score.tolist()
+            if by in ("auc", "correlation"):
+                low, high = getattr(self, f"{by}_interval").unbind(1)
+                columns[f"{by}_low"], columns[f"{by}_high"] = low.tolist(), high.tolist()
+        for by in ("characterises", "unique", "lens"):
             if by != "lens" or self.lens is not None:
                 columns[f"{by}_latent"] = [next(iter(self.latents(name, 1, by)), None) for name in self.names]
         rows = zip(*columns.values(), strict=True)
@@ -181,11 +184,11 @@ def concept_map(
     raw dimensions of x and for an untrained SAE. resamples: of the bootstrap, over items; 0 for none. examples: top
     rows kept per latent. Raises TypeError or ValueError that names the argument.
     """
-    items = _checked_items(x, sae, concepts, items)
+    items = checked_items("concept_map", x, sae, concepts, items)
     _checks.integer("concept_map", "min_support", min_support, 1, 2**62)
     _checks.integer("concept_map", "resamples", resamples, 0, 10**6)
-    labels, names, left_out = _supported(concepts, items, min_support)
-    values, indices = _encoded(sae, x)
+    labels, names, left_out = supported("concept_map", concepts, items, min_support)
+    values, indices = encoded(sae, x)
     stats = ActivationStats(sae.d_sae, top=examples)
     stats.update(values, indices, ids=items)
     scores = concept_scores(values, indices, sae.d_sae, labels)
@@ -194,7 +197,7 @@ def concept_map(
     if baselines:
         every = torch.arange(sae.d_in).expand(len(x), -1)
         raw = concept_scores(x, every, sae.d_in, labels)
-        random = concept_scores(*_encoded(untrained(sae, seed), x), sae.d_sae, labels)
+        random = concept_scores(*encoded(untrained(sae, seed), x), sae.d_sae, labels)
     kept = torch.tensor([concepts.names.index(name) for name in names], dtype=torch.int64)
     lens = None if head is None else logit_lens(sae.W_dec, head, concepts.labels[:, kept])
     auc_interval, correlation_interval = (
@@ -227,7 +230,7 @@ def untrained(sae: TopKSAE, seed: int = 0) -> TopKSAE:
     return blank.eval()
 
 
-def _encoded(sae: TopKSAE, x: Tensor) -> tuple[Tensor, Tensor]:
+def encoded(sae: TopKSAE, x: Tensor) -> tuple[Tensor, Tensor]:
     codes = [sae.encode(part) for part in x.split(CHUNK)]
     return torch.cat([code.values for code in codes]), torch.cat([code.indices for code in codes])
 
@@ -249,7 +252,9 @@ def _intervals(values, indices, labels, items, scores, by, min_support, resample
     return ends
 
 
-def _supported(concepts: Concepts, items: Tensor, min_support: int) -> tuple[Tensor, list[str], dict[str, str]]:
+def supported(
+    op: str, concepts: Concepts, items: Tensor, min_support: int
+) -> tuple[Tensor, list[str], dict[str, str]]:
     labels = concepts.labels[items]
     support, rows = labels.sum(0).tolist(), len(items)
     left_out = {}
@@ -260,12 +265,12 @@ def _supported(concepts: Concepts, items: Tensor, min_support: int) -> tuple[Ten
             left_out[name] = f"all {rows:,} rows have it"
     kept = torch.tensor([name not in left_out for name in concepts.names], dtype=torch.bool)
     if not bool(kept.any()):
-        raise ValueError(f"concept_map: no concept of {len(kept)} has {min_support} of the {rows:,} rows and lacks one")
+        raise ValueError(f"{op}: no concept of {len(kept)} has {min_support} of the {rows:,} rows and lacks one")
     return labels[:, kept], [name for name in concepts.names if name not in left_out], left_out
 
 
-def _checked_items(x: Tensor, sae: TopKSAE, concepts: Concepts, items: Tensor | None) -> Tensor:
-    op = "concept_map"
+def checked_items(op: str, x: Tensor, sae: TopKSAE, concepts: Concepts, items: Tensor | None) -> Tensor:
+    """items [rows] int64, row r being item r where None; the errors of concept_map."""
     _checks.tensor(op, "x", x, 2)
     if not isinstance(concepts, Concepts):
         raise TypeError(f"{op}: concepts must be Concepts, got {type(concepts).__name__}")

@@ -1,0 +1,164 @@
+"""Three ways to read an item off a latent, each beside raw dimensions and an untrained SAE read the same way."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..data.histories import Histories
+from ..data.interactions import Concepts
+from ..nn import SparseCode, TopKSAE
+from .concept_map import checked_items, encoded, supported, untrained
+from .concepts import concept_scores
+from .detectors import DetectorScores, audience_tiles, detector_scores, lens_tiles
+
+DETECTORS = ("latents", "raw dimensions", "untrained SAE")
+
+
+@dataclass(frozen=True)
+class Reading:
+    """The best detector of every concept in one reading; all [n_concepts], in the order of `names`.
+
+    reading: "activation" (of the item as a history of one, or at its positions), "lens" (what a unit of the latent adds
+    to the item's score) or "audience" (mean activation of the users who have the item). detector: one of DETECTORS.
+    latent int64: the best by AUC. auc, correlation float64: of the best by each, over all items; the best of many is
+    too good by luck. auc_held_out, correlation_held_out: chosen on one half of the items and scored on the other, mean
+    of both ways round. A raw dimension may point either way, a latent only its own. NaN where a half lacks the concept.
+    """
+
+    reading: str
+    detector: str
+    names: list[str]
+    latent: Tensor
+    auc: Tensor
+    correlation: Tensor
+    auc_held_out: Tensor
+    correlation_held_out: Tensor
+
+
+@torch.no_grad()
+def concept_readings(
+    x: Tensor,
+    sae: TopKSAE,
+    concepts: Concepts,
+    *,
+    items: Tensor | None = None,
+    head: Tensor | None = None,
+    users: tuple[Tensor, Histories] | None = None,
+    min_support: int = 5,
+    seed: int = 0,
+) -> list[Reading]:
+    """The readings that the arguments allow, DETECTORS of each; x, concepts, items, head as concept_map takes them.
+
+    head: for "lens"; raw dimension j is there the direction e_j over the very same item embeddings. users: the
+    embeddings [n_users, d_in] and histories of users, for "audience", over the items that any of them has; raw
+    dimensions are there those of the normalised embeddings. All read the items of x alone, and hold the same half of
+    them out. In "activation" a latent counts from min_support firings on the concept on, as in concept_map.
+    """
+    items = checked_items("concept_readings", x, sae, concepts, items)
+    _, names, _ = supported("concept_readings", concepts, items, min_support)
+    labels = concepts.labels[:, torch.tensor([concepts.names.index(name) for name in names])]
+    half = torch.rand(len(labels), generator=torch.Generator().manual_seed(seed)) < 0.5
+    saes = {DETECTORS[0]: sae, DETECTORS[2]: untrained(sae, seed)}
+
+    readings = []
+    rows = (labels[items], half[items])
+    for detector in DETECTORS:
+        code = None if detector not in saes else encoded(saes[detector], x)
+        score = (lambda kept, y: detector_scores([x[kept]], y)) if code is None else _activations(code, min_support)
+        readings.append(_reading("activation", detector, names, score, *rows))
+
+    def dense(reading: str, detector: str, tiles: Callable[[], Iterable[Tensor]], which: Tensor) -> None:
+        def score(kept: Tensor, y: Tensor) -> DetectorScores:
+            return detector_scores((tile[which[kept]] for tile in tiles()), y)
+
+        readings.append(_reading(reading, detector, names, score, labels[which], half[which]))
+
+    known = items.unique()
+    if head is not None:
+        for detector in DETECTORS:
+            directions = saes[detector].W_dec if detector in saes else torch.eye(head.shape[1]).to(head)
+            dense("lens", detector, lambda directions=directions: lens_tiles(directions, head), known)
+    if users is not None:
+        embeddings, histories = users
+        had = known[torch.bincount(histories.flat, minlength=len(labels))[known] > 0]
+        for detector in DETECTORS:
+            if detector in saes:
+                columns = SparseCode(*encoded(saes[detector], embeddings), sae.d_sae)
+            else:
+                columns = sae.normalizer(embeddings)[0]
+            dense("audience", detector, lambda columns=columns: audience_tiles(columns, histories), had)
+    return readings
+
+
+def readings_table(readings: list[Reading]) -> list[dict[str, str | float]]:
+    """One row per reading and detector: means over the concepts, and the latents against the two controls.
+
+    auc_gain, correlation_gain (and the same held out): the row's mean above chance over that of the raw dimensions in
+    the same reading. above_untrained: share of the concepts whose AUC is above the untrained SAE's; the same for
+    correlation_above_untrained. NaN for nothing to compare.
+    """
+    by = {(one.reading, one.detector): one for one in readings}
+    rows = []
+    for one in readings:
+        raw, blank = by[one.reading, DETECTORS[1]], by[one.reading, DETECTORS[2]]
+        row: dict[str, str | float] = {"reading": one.reading, "detector": one.detector}
+        for name, chance in (("auc", 0.5), ("correlation", 0.0)):
+            for figure in (name, f"{name}_held_out"):
+                mine, theirs = (float(getattr(r, figure).nanmean()) for r in (one, raw))
+                row[figure] = mine
+                row[f"{figure}_gain"] = (mine - chance) / (theirs - chance) if theirs != chance else float("nan")
+            mine, theirs = getattr(one, name), getattr(blank, name)
+            there = ~(mine.isnan() | theirs.isnan())
+            row[f"{name}_above_untrained"] = float((mine > theirs)[there].double().mean())
+        rows.append(row)
+    return rows
+
+
+def _activations(code: tuple[Tensor, Tensor], min_support: int) -> Callable[[Tensor, Tensor], DetectorScores]:
+    values, indices = code
+
+    def score(kept: Tensor, y: Tensor) -> DetectorScores:
+        found = concept_scores(values[kept], indices[kept], int(indices.max()) + 1, y)
+        rare = found.together < min_support
+        return DetectorScores(*(s.masked_fill(rare, torch.nan) for s in (found.auc, found.correlation)))
+
+    return score
+
+
+def _reading(
+    reading: str,
+    detector: str,
+    names: list[str],
+    score: Callable[[Tensor, Tensor], DetectorScores],
+    labels: Tensor,
+    half: Tensor,
+) -> Reading:
+    """score(rows bool, labels of those rows) -> the scores on them."""
+    whole, *halves = (score(rows, labels[rows]) for rows in (torch.ones_like(half), half, ~half))
+    either_way = detector == DETECTORS[1]
+    latent, _ = _best(whole.auc - 0.5, either_way)
+    found = {}
+    for name, chance in (("auc", 0.5), ("correlation", 0.0)):
+        found[name] = _best(getattr(whole, name) - chance, either_way)[1] + chance
+        one, other = (getattr(part, name) - chance for part in halves)
+        both = [_transferred(*pair, either_way) for pair in ((one, other), (other, one))]
+        found[f"{name}_held_out"] = torch.stack(both).mean(0) + chance
+    return Reading(reading, detector, names, latent, **found)
+
+
+def _best(score: Tensor, either_way: bool) -> tuple[Tensor, Tensor]:
+    """score [n_concepts, m] above chance -> the best column of every concept and its score, NaN where none has one."""
+    size = score.abs() if either_way else score
+    best, latent = size.nan_to_num(nan=-torch.inf).max(1)
+    return latent, best.masked_fill(best == -torch.inf, torch.nan)
+
+
+def _transferred(chosen_on: Tensor, scored_on: Tensor, either_way: bool) -> Tensor:
+    """The scores [n_concepts] on one half of the columns that are the best on the other, in the direction found."""
+    latent, best = _best(chosen_on, either_way)
+    score = scored_on.gather(1, latent.unsqueeze(1)).squeeze(1)
+    if either_way:
+        score = score * chosen_on.gather(1, latent.unsqueeze(1)).squeeze(1).sign()
+    return score.masked_fill(best.isnan(), torch.nan)
