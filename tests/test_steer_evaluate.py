@@ -225,11 +225,25 @@ def test_front_and_loss():
     front = [(r.method, r.ndcg, r.segment_ndcg) for r in steer.pareto_front(rows)]
     assert front == [("a", 1.0, 0.1), ("b", 0.97, 0.3), ("a", 0.97, 0.3), ("a", 0.9, 0.5)]
     kept = steer.at_loss(rows, 1.0)
-    assert {m: (r.ndcg, r.segment_ndcg) for m, r in kept.items()} == {"a": (0.97, 0.3), "b": (0.97, 0.3)}
+    # between 0.97 and 0.9 by a straight line; of b the point before is the better one
+    assert {m: (r.ndcg, r.segment_ndcg) for m, r in kept.items()} == {
+        "a": pytest.approx((0.95, 0.3 + 2 / 7 * 0.2)), "b": (0.97, 0.3),
+    }  # fmt: skip
     assert steer.at_loss(rows, 1.0, 0.1)["a"].ndcg == 0.9 and list(steer.at_loss(rows, 1.0, 0.0)) == ["a"]
     assert steer.pareto_front([]) == [] and steer.at_loss(rows, 2.0) == {}
     with pytest.raises(ValueError, match=r"loss must be in \[0, 1\), got 1"):
         steer.at_loss(rows, 1.0, 1)
+
+
+def test_at_loss_moves_every_figure_and_error_between_strengths():
+    low, high = (
+        replace(row_of("a", ndcg, segment), strength=strength, coverage=10 * strength, errors={"ndcg": strength / 10})
+        for strength, ndcg, segment in ((0.2, 1.0, 0.1), (0.6, 0.8, 0.5))
+    )
+    for rows in ([low, high], [high, low]):
+        point = steer.at_loss(rows, 1.0, 0.05)["a"]
+        assert (point.strength, point.ndcg, point.segment_ndcg, point.coverage) == pytest.approx((0.3, 0.95, 0.2, 3.0))
+        assert point.errors == {"ndcg": pytest.approx(0.03)} and point.k == 5 and math.isnan(point.diversity)
 
 
 def test_plots_hold_the_rows():

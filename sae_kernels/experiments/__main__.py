@@ -9,8 +9,9 @@ EXAMPLES = """examples:
   python -m sae_kernels.experiments grid --data data/goodbooks10k --model multvae --d 128 --seeds 0 1 2
   python -m sae_kernels.experiments grid --data data/ml1m --model sasrec --weights sasrec.npz --at 10 --variants topk
   python -m sae_kernels.experiments study runs/demo-elsa                   what its latents mean, explain and steer
+  python -m sae_kernels.experiments study --data data/goodbooks10k --seeds 0 1 2      three runs, mean and spread
 
-Ctrl-C at any time: the same command goes on with the cells that are missing. Open <out>/results.html afterwards.
+Ctrl-C at any time: the same command goes on with what is missing. Open <out>/results.html or <out>/summary.html.
 """
 
 
@@ -21,14 +22,26 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _study(options: argparse.Namespace) -> int:
+    from .studies import StudiesConfig, run_studies
     from .study import StudyConfig, run_study
 
-    given = {name: value for name, value in vars(options).items() if name != "command"}
+    runs = tuple(options.runs)
+    study = {name: getattr(options, name) for name in ("users", "explained", "untagged", "resamples")}
     try:
-        run_study(StudyConfig(**given))
+        if runs and (options.seeds or options.data):
+            raise ValueError("RUN are made already; --data and --seeds make their own")
+        if len(runs) == 1:
+            run_study(StudyConfig(runs[0], options.out, **study))
+        else:
+            out = options.out or Path(f"runs/study-{options.model}")
+            seeds = tuple(options.seeds or (0, 1, 2))
+            run_studies(StudiesConfig(out, runs, options.data, options.model, seeds, study))
     except (ValueError, OSError, ImportError) as error:
         print(f"experiments study: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("\nexperiments study: interrupted; the same command goes on where it stopped", file=sys.stderr)
+        return 130
     return 0
 
 
@@ -89,9 +102,19 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_study(commands: argparse._SubParsersAction) -> None:
-    study = commands.add_parser("study", help="concepts, latents, explanations and steering of a run of the demo")
-    study.add_argument("run", type=Path, metavar="RUN", help="a folder that `sae-kernels demo` has written")
-    study.add_argument("--out", type=Path, metavar="DIR", help="where tables and pages go (RUN/study)")
+    study = commands.add_parser(
+        "study", help="concepts, latents, explanations and steering of runs of the demo", epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    study.add_argument("runs", type=Path, nargs="*", metavar="RUN",
+                       help="folders that the demo has written; none: they are made, one per seed")  # fmt: skip
+    study.add_argument("--data", type=Path, metavar="DIR", help="without RUN: a goodbooks10k, ml1m or ml_latest_small "
+                       "folder (a simulated catalogue)")  # fmt: skip
+    study.add_argument("--model", choices=("elsa", "multvae", "sasrec"), default="elsa",
+                       help="without RUN: the recommender (elsa)")  # fmt: skip
+    study.add_argument("--seeds", type=int, nargs="+", help="without RUN: of data split, recommender and SAE (0 1 2)")
+    study.add_argument("--out", type=Path, metavar="DIR",
+                       help="where tables and pages go (RUN/study; of several runs: runs/study-<model>)")  # fmt: skip
     study.add_argument("--users", type=int, default=2000, help="held-out users that are steered (2000)")
     study.add_argument("--explained", type=int, default=5, help="recommendations that are explained (5)")
     study.add_argument("--untagged", type=float, default=0.0, metavar="SHARE",

@@ -5,6 +5,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,40 +14,28 @@ from .. import _plots
 from ..data import Concepts
 from ..interpret import (
     ConceptMap,
+    Reading,
     concept_map,
+    concept_readings,
     concept_selectivity,
     explain,
     item_codes,
     latent_table,
     name_latents,
+    readings_table,
 )
 from ..interpret import plots as concept_plots
 from ..nn import TopKSAE
 from ..recommenders import SASRec
-from ..steer import (
-    STRENGTHS,
-    Goals,
-    Lists,
-    SteeredRanker,
-    SteeringRow,
-    Users,
-    at_loss,
-    compare_steering,
-    latent_lists,
-    linear_probes,
-    over_represented,
-    pareto_front,
-    probe_lists,
-    rerank_lists,
-)
+from ..steer import STRENGTHS, SteeredRanker, Users
 from ..steer import plots as steer_plots
 from ..train import load_sae
 from . import stages
 from .demo import DemoConfig
-from .stages import K, Parts
+from .stages import Parts
+from .study_steering import SteeringStudy, study_steering
 
-FEW, MANY, NEAR = 10, 50, 200  # latents of a concept: alike, weighted, and weighted by how near they are to the user
-LOSS = 0.05  # of personal nDCG, at which methods are compared
+SHOWN = ("auc", "auc_held_out", "auc_gain", "correlation", "correlation_held_out", "correlation_gain")
 
 
 @dataclass(frozen=True)
@@ -65,38 +54,83 @@ class StudyConfig:
     strengths: tuple[float, ...] = STRENGTHS
     resamples: int = 200
 
+    @property
+    def folder(self) -> Path:
+        return Path(self.run) / "study" if self.out is None else Path(self.out)
 
-def run_study(config: StudyConfig) -> tuple[ConceptMap, list[SteeringRow]]:
-    """Writes concepts, latents and steering as CSV and HTML, and explanations.txt. Prints what each file says.
+    def check(self) -> None:
+        """Raises ValueError naming what is out of range."""
+        for name, least in (("users", 1), ("explained", 0), ("resamples", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"--{name} must be at least {least}, got {getattr(self, name)}")
+        if not 0 <= self.untagged < 1:
+            raise ValueError(f"--untagged must be in [0, 1), got {self.untagged}")
+        if 0.0 not in self.strengths:
+            raise ValueError(f"strengths must hold 0, without steering, got {self.strengths}")
 
-    Raises FileNotFoundError where the folder holds no run, ValueError for a run without concepts.
+    def identity(self) -> dict[str, Any]:
+        """What decides the figures besides the run, as JSON knows it."""
+        kept = {name: value for name, value in asdict(self).items() if name not in ("run", "out")}
+        return json.loads(json.dumps(kept))
+
+
+@dataclass(frozen=True)
+class Study:
+    """What run_study found in one run."""
+
+    found: ConceptMap
+    readings: list[Reading]
+    steering: SteeringStudy
+
+    def figures(self) -> dict[str, Any]:
+        """What studies of several runs are compared by."""
+        table = [{name: value for name, value in vars(row).items()} for row in self.steering.table]
+        return {
+            "map": self.found.summary(),
+            "readings": readings_table(self.readings),
+            "gains": self.steering.gains(),
+            "steering": table,
+            "steering_users": self.steering.users,
+            "base_ndcg": self.steering.base.ndcg,
+            "near": self.steering.near,
+        }
+
+
+def run_study(config: StudyConfig) -> Study:
+    """Writes concepts, latents and steering as CSV and HTML, explanations.txt, and study.json with the main figures.
+
+    Prints what each file says. Raises FileNotFoundError where the folder holds no run, ValueError for a run without
+    concepts.
     """
-    for name, least in (("users", 1), ("explained", 0), ("resamples", 0)):
-        if getattr(config, name) < least:
-            raise ValueError(f"--{name} must be at least {least}, got {getattr(config, name)}")
-    if not 0 <= config.untagged < 1:
-        raise ValueError(f"--untagged must be in [0, 1), got {config.untagged}")
-    out = Path(config.run) / "study" if config.out is None else Path(config.out)
-    model, sae, parts = _load(Path(config.run))
-    found, told = _map(model, sae, parts, config)
+    config.check()
+    out = config.folder
+    model, sae, parts = load_run(Path(config.run))
+    told = torch.rand(parts.data.n_items, generator=torch.Generator().manual_seed(0)) >= config.untagged
+    *_, items, x = stages.coded_items(model, sae, parts)
     out.mkdir(parents=True, exist_ok=True)
+    (out / "study.json").unlink(missing_ok=True)
+    found, readings = _interpret(model, sae, parts, told, (items, x), config)
     titles = parts.data.item_titles or [str(item) for item in parts.data.item_ids]
-    print(found.describe())
-    selective = {row.pop("concept"): row for row in concept_selectivity(found)}
-    _write(out / "concepts.csv", [{**row, **selective[row["concept"]]} for row in found.table()])
-    latents = latent_table(found, titles)
-    _write(out / "latents.csv", [{**row, "examples": "; ".join(t for t, _ in row["examples"])} for row in latents])
-    _plots.write_page(concept_plots.pages(found), out / "concepts.html", f"{parts.data.name}: concepts and latents")
-    for name, value in found.summary().items():
-        print(f"  {name:<28}{value:>10,.4g}")
-    rows = _steering(model, sae, parts, found, told, config, out)
+    _write_concepts(found, readings, titles, parts.data.name, out)
+    steering = study_steering(
+        model, sae, parts, found, told, (items, x),
+        users=config.users, strengths=config.strengths, resamples=config.resamples,
+    )  # fmt: skip
+    print(steering.describe())
+    _write(out / "steering.csv", steering.rows())
+    _write(out / "gains.csv", steering.gains())
+    pages = steer_plots.pages(steering.table, steering.base.ndcg)
+    _plots.write_page(pages, out / "steering.html", f"{parts.data.name}: steering")
     if config.explained:
         _explanations(model, sae, parts, found, titles, config, out)
+    study = Study(found, readings, steering)
+    (out / "study.json").write_text(json.dumps({"config": config.identity(), **study.figures()}, indent=1) + "\n")
     print(f"tables and pages: {out}")
-    return found, rows
+    return study
 
 
-def _load(run: Path) -> tuple[nn.Module, TopKSAE, Parts]:
+def load_run(run: Path) -> tuple[nn.Module, TopKSAE, Parts]:
+    """The recommender, the SAE and the data of a folder that the demo has written."""
     note = run / "run.json"
     if not note.is_file():
         raise FileNotFoundError(f"{run} holds no run of the demo (no run.json)")
@@ -113,82 +147,49 @@ def _load(run: Path) -> tuple[nn.Module, TopKSAE, Parts]:
     return model, load_sae(run / "sae"), parts
 
 
-def _map(model: nn.Module, sae: TopKSAE, parts: Parts, config: StudyConfig) -> tuple[ConceptMap, Tensor]:
-    """The map from the items whose tags are told [n_items] bool, and which those are."""
-    n_items, concepts = parts.data.n_items, parts.data.concepts
-    told = torch.rand(n_items, generator=torch.Generator().manual_seed(0)) >= config.untagged
-    *_, items, x = stages.coded_items(model, sae, parts)
-    kept = told[items]
-    head = SteeredRanker(model, sae).head
+def _interpret(
+    model: nn.Module, sae: TopKSAE, parts: Parts, told: Tensor, embedded: tuple[Tensor, Tensor], config: StudyConfig
+) -> tuple[ConceptMap, list[Reading]]:
+    """The map and the readings from the items whose tags are told [n_items] bool."""
+    items, x = embedded
+    kept, concepts = told[items], parts.data.concepts
+    ranker = SteeredRanker(model, sae)
     # the lens asks for all items: those that are not told have no tag
     shown = Concepts(concepts.names, concepts.labels & told.unsqueeze(1))
-    lens = head.items if head.linear else None
-    return concept_map(x[kept], sae, shown, items=items[kept], head=lens, resamples=config.resamples), told
+    options = {"items": items[kept], "head": ranker.head.items if ranker.head.linear else None}
+    found = concept_map(x[kept], sae, shown, resamples=config.resamples, **options)
+    users = (ranker.encode(parts.train).x, parts.train)
+    return found, concept_readings(x[kept], sae, shown, users=users, **options)
 
 
-def _steering(
-    model: nn.Module, sae: TopKSAE, parts: Parts, found: ConceptMap, told: Tensor, config: StudyConfig, out: Path
-) -> list[SteeringRow]:
-    by = "correlation" if found.lens is None else "lens"
-    names = [name for name in found.names if found.latents(name, 1)]
-    if not names:
-        raise ValueError(f"no concept has a latent with {found.min_support} firings on it: nothing to steer by")
-    columns = [parts.data.concepts.names.index(name) for name in names]
-    concepts = Concepts(names, parts.data.concepts.labels[:, columns])
-    first = torch.arange(min(config.users, len(parts.test.inputs)))
-    inputs, targets = parts.test.inputs.select(first), parts.test.targets.select(first)
-    goals, rows = over_represented(concepts, inputs, targets)
-    inputs, targets = inputs.select(rows), targets.select(rows)
-    print(f"steering {len(rows):,} of {len(first):,} users, the others have no target with a concept")
-    lists = _methods(model, sae, parts, found, goals, told, by, inputs)
-    popularity = torch.bincount(parts.train.flat, minlength=parts.data.n_items)
-    embeddings = SteeredRanker(model, sae).head.items
-    table = compare_steering(
-        lists, goals, inputs, targets, strengths=config.strengths, embeddings=embeddings, popularity=popularity,
-        resamples=config.resamples,
-    )  # fmt: skip
-    front = {(row.method, row.strength) for row in pareto_front(table)}
-    flat = []
-    for row in table:
-        figures = asdict(row)
-        errors = {f"{name}_error": value for name, value in figures.pop("errors").items()}
-        flat.append({**figures, **errors, "on_front": (row.method, row.strength) in front})
-    _write(out / "steering.csv", flat)
-    base = next(row for row in table if row.method == "tag re-rank" and row.strength == 0)
-    _plots.write_page(steer_plots.pages(table, base.ndcg), out / "steering.html", f"{parts.data.name}: steering")
-    _say(table, base)
-    return table
-
-
-def _methods(
-    model: nn.Module, sae: TopKSAE, parts: Parts, found: ConceptMap, goals: Goals, told: Tensor, by: str, inputs
-) -> dict[str, Lists]:
-    """Every method knows the tags of the told items alone. At strength 0 the last two are the model without a SAE."""
-    plain, full = SteeredRanker(model, sae), SteeredRanker(model, sae, error_term=True)
-    users = plain.encode(inputs)
-    few = [found.latents(name, FEW) for name in goals.names]
-    many, worth = zip(*(found.weights(name, MANY, by) for name in goals.names), strict=True)
-    near, worth_near = zip(*(found.weights(name, NEAR, by) for name in goals.names), strict=True)
-    *_, items, x = stages.coded_items(model, sae, parts)
-    kept = told[items]
-    probes = linear_probes(x[kept], goals.labels[items[kept]], ridge=100.0)
-    known = Goals(goals.names, goals.labels & told.unsqueeze(1), goals.concept)
-    return {
-        f"{FEW} latents by TF-IDF": latent_lists(plain, users, goals, few, K),
-        f"{MANY} latents by {by}": latent_lists(plain, users, goals, many, K, worth),
-        "the same, with error term": latent_lists(full, users, goals, many, K, worth),
-        f"{NEAR} latents near the user": latent_lists(full, users, goals, near, K, worth_near, near=True),
-        "linear probe": probe_lists(full, users, goals, probes, K),
-        "tag re-rank": rerank_lists(full, users, known, K),
+def _write_concepts(
+    found: ConceptMap, readings: list[Reading], titles: Sequence[str], name: str, out: Path
+) -> None:
+    print(found.describe())
+    columns = {
+        f"{one.reading}_{figure}": getattr(one, figure).tolist()
+        for one in readings
+        if one.detector == "latents" and one.reading != "activation"
+        for figure in ("latent", "auc", "correlation")
     }
-
-
-def _say(table: Sequence[SteeringRow], base: SteeringRow) -> None:
-    print(f"without a SAE: nDCG@{K} {base.ndcg:.4f}, of the segment {base.segment_ndcg:.4f}")
-    print(f"{'at ' + format(LOSS, '.0%') + ' loss':<28}{'strength':>9}{'nDCG':>9}{'segment':>9}{'gain':>7}")
-    for name, row in at_loss(table, base.ndcg, LOSS).items():
-        gain = row.segment_ndcg / base.segment_ndcg if base.segment_ndcg else float("nan")
-        print(f"{name:<28}{row.strength:>9}{row.ndcg:>9.4f}{row.segment_ndcg:>9.4f}{gain:>6.2f}x")
+    selective = {row.pop("concept"): row for row in concept_selectivity(found)}
+    _write(
+        out / "concepts.csv",
+        [
+            {**row, **{key: column[place] for key, column in columns.items()}, **selective[row["concept"]]}
+            for place, row in enumerate(found.table())
+        ],
+    )
+    latents = latent_table(found, titles)
+    _write(out / "latents.csv", [{**row, "examples": "; ".join(t for t, _ in row["examples"])} for row in latents])
+    table = readings_table(readings)
+    _write(out / "readings.csv", table)
+    _plots.write_page(concept_plots.pages(found, table), out / "concepts.html", f"{name}: concepts and latents")
+    print(f"{'best of each concept, by':<28}" + "".join(f"{name.replace('correlation', 'corr'):>15}" for name in SHOWN))
+    for row in table:
+        print(f"{row['reading'] + ', ' + row['detector']:<28}" + "".join(f"{row[name]:>15.3f}" for name in SHOWN))
+    for figure, value in found.summary().items():
+        print(f"  {figure:<28}{value:>10,.4g}")
 
 
 def _explanations(

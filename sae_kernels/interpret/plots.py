@@ -6,10 +6,13 @@ import torch
 
 from .._plots import ACCENT, BASE, SAE, figure
 from .concept_map import ConceptMap
+from .readings import DETECTORS
 from .selectivity import explained_share, selectivity
 
 BARS = 40
 NAMES = {"sae": "best latent", "raw": "best raw dimension", "random": "untrained SAE"}
+READINGS = {"activation": "activation", "lens": "logit lens", "audience": "audience"}
+INK = "#1f2933"
 COLOURS = {"sae": SAE, "raw": ACCENT, "random": BASE}
 
 
@@ -83,12 +86,48 @@ def explained_figure(found: ConceptMap, by: str = "correlation") -> Any:
     return made
 
 
-def pages(found: ConceptMap) -> list[tuple[str, str, Any]]:
-    """(heading, note, figure) of all of them, for `write_page`."""
+def readings_figure(table: list[dict], by: str = "auc") -> Any:
+    """Mean best score of every reading and detector, from rows as readings_table gives them; dots: held out.
+
+    A row may hold <by>_spread, a standard deviation over runs, for the bars.
+    """
+    low = {"auc": 0.5, "correlation": 0.0}[by]
+    made = figure(320, barmode="group", yaxis_title=f"mean {by} of the best detector")
+    made.update_yaxes(range=[low, None])
+    for place, detector in enumerate(DETECTORS):
+        rows = [row for row in table if row["detector"] == detector]
+        names = [READINGS[row["reading"]] for row in rows]
+        errors = [row.get(f"{by}_spread", 0) for row in rows]
+        made.add_bar(
+            x=names, y=[row[by] for row in rows], name=detector, marker_color=(SAE, ACCENT, BASE)[place],
+            offsetgroup=place, error_y={"array": errors, "visible": any(errors), "color": INK, "thickness": 1.2},
+            text=[f"{row[by]:.3f}" for row in rows], textposition="inside", insidetextanchor="start",
+        )  # fmt: skip
+        made.add_scatter(
+            x=names, y=[row[f"{by}_held_out"] for row in rows], mode="markers", offsetgroup=place, showlegend=not place,
+            name="chosen and scored on different items", marker={"color": INK, "size": 8, "symbol": "line-ew-open"},
+        )  # fmt: skip
+    made.update_layout(scattermode="group")
+    return made
+
+
+def reading_pages(table: list[dict]) -> list[tuple[str, str, Any]]:
+    """(heading, note, figure) of both scores of the readings; none without rows."""
+    note = (
+        "Activation: the item as a history of one, silent in most latents. Lens: what a unit of the latent adds to the "
+        "item's score. Audience: mean activation of the users who have the item. Raw dimensions may point either way."
+    )
+    headings = {"auc": "AUC in three readings", "correlation": "Correlation in three readings"}
+    return [(heading, note, readings_figure(table, by)) for by, heading in headings.items() if table]
+
+
+def pages(found: ConceptMap, readings: list[dict] | None = None) -> list[tuple[str, str, Any]]:
+    """(heading, note, figure) of all of them, for `write_page`; readings: as readings_table gives them."""
     chance = (
         "Bars: 95 % bootstrap intervals over items. The controls are what picking the best detector is worth alone."
     )
     return [
+        *reading_pages(readings or []),
         ("Concepts by AUC", chance, concepts_figure(found, "auc")),
         ("Concepts by correlation", chance, concepts_figure(found, "correlation")),
         ("Best detectors", "One point per concept, sorted.", distributions_figure(found)),

@@ -92,9 +92,10 @@ def concept_readings(
     return readings
 
 
-def readings_table(readings: list[Reading]) -> list[dict[str, str | float]]:
-    """One row per reading and detector: means over the concepts, and the latents against the two controls.
+def readings_table(readings: list[Reading]) -> list[dict[str, str | int | float]]:
+    """One row per reading and detector: means over the concepts that have the figure, and how they compare.
 
+    concepts, concepts_held_out: how many have one over all items, and in both halves, where support is rarer.
     auc_gain, correlation_gain (and the same held out): the row's mean above chance over that of the raw dimensions in
     the same reading. above_untrained: share of the concepts whose AUC is above the untrained SAE's; the same for
     correlation_above_untrained. NaN for nothing to compare.
@@ -103,7 +104,10 @@ def readings_table(readings: list[Reading]) -> list[dict[str, str | float]]:
     rows = []
     for one in readings:
         raw, blank = by[one.reading, DETECTORS[1]], by[one.reading, DETECTORS[2]]
-        row: dict[str, str | float] = {"reading": one.reading, "detector": one.detector}
+        row: dict[str, str | int | float] = {"reading": one.reading, "detector": one.detector}
+        row["concepts"], row["concepts_held_out"] = (
+            int((~score.isnan()).sum()) for score in (one.auc, one.auc_held_out)
+        )
         for name, chance in (("auc", 0.5), ("correlation", 0.0)):
             for figure in (name, f"{name}_held_out"):
                 mine, theirs = (float(getattr(r, figure).nanmean()) for r in (one, raw))

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 
 import torch
 from torch import Tensor, nn
@@ -135,12 +135,31 @@ def pareto_front(rows: Sequence[SteeringRow], gain: str = "segment_ndcg", cost: 
 
 
 def at_loss(rows: Sequence[SteeringRow], base: float, loss: float = 0.05) -> dict[str, SteeringRow]:
-    """method -> its row of the highest segment_ndcg among those that keep ndcg >= (1 - loss) * base; absent if none."""
+    """method -> its point of the highest segment_ndcg that keeps ndcg >= (1 - loss) * base; absent if none.
+
+    Between two neighbouring strengths a method is taken to move by a straight line in all figures and errors, so that
+    methods are compared at the loss itself and not at what a grid of strengths happens to hit.
+    """
     if not 0 <= loss < 1:
         raise ValueError(f"at_loss: loss must be in [0, 1), got {loss}")
-    found: dict[str, SteeringRow] = {}
-    for row in rows:
-        best = found.get(row.method)
-        if row.ndcg >= (1 - loss) * base and (best is None or row.segment_ndcg > best.segment_ndcg):
-            found[row.method] = row
+    floor, found = (1 - loss) * base, {}
+    for method in dict.fromkeys(row.method for row in rows):
+        own = sorted((row for row in rows if row.method == method), key=lambda row: row.strength)
+        points = [row for row in own if row.ndcg >= floor]
+        for one, other in zip(own, own[1:], strict=False):
+            if min(one.ndcg, other.ndcg) < floor < max(one.ndcg, other.ndcg):
+                points.append(_between(one, other, (one.ndcg - floor) / (one.ndcg - other.ndcg)))
+        if points:
+            found[method] = max(points, key=lambda row: row.segment_ndcg)
     return found
+
+
+def _between(one: SteeringRow, other: SteeringRow, t: float) -> SteeringRow:
+    """The point at t in [0, 1] of the way from one to the other."""
+
+    def at(a: float, b: float) -> float:
+        return a + t * (b - a)
+
+    numbers = {f.name: at(getattr(one, f.name), getattr(other, f.name)) for f in fields(one) if f.type is float}
+    errors = {name: at(value, other.errors[name]) for name, value in one.errors.items()}
+    return replace(one, errors=errors, **numbers)
