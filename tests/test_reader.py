@@ -84,7 +84,7 @@ def test_parts_share_the_batches_and_read_no_row_twice(store, parts, monkeypatch
     read, pieces = [], reader_module._Epoch.pieces
 
     def counted(self, *job):
-        found = pieces(self, *job)
+        found = list(pieces(self, *job))
         read.append(sum(count for _, _, count in found))
         return found
 

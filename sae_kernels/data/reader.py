@@ -4,6 +4,7 @@ import hashlib
 import sys
 import threading
 from collections import OrderedDict
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -74,7 +75,7 @@ class ShuffledReader:
         wanted = buffer_rows or BUFFER_BYTES // self._row_bytes
         self.buffer_rows = max(1, wanted // batch_size) * batch_size
         self._part, self._parts, self._drawn = 0, 1, 0
-        self._workers = ThreadPoolExecutor(workers, "reader") if workers else None
+        self._threads, self._workers = workers, ThreadPoolExecutor(workers, "reader") if workers else None
         self._buffers: list[Any] = []
         self._current: tuple[tuple[int, int], Tensor] | None = None
         self._ahead: tuple[tuple[int, int], Tensor, list[Future]] | None = None
@@ -98,6 +99,14 @@ class ShuffledReader:
         if self.lanes % parts or not 0 <= part < parts:
             raise ValueError(f"part {part} of {parts}: the number of parts must divide the {self.lanes} lanes")
         self._part, self._parts, self._current, self._ahead = part, parts, None, None
+
+    def close(self) -> None:
+        """Ends the threads and lets go of memory and files; what next() gave stays."""
+        if self._workers is not None:
+            self._workers.shutdown()
+        self._current, self._ahead, self._workers = None, None, None
+        self._buffers.clear()
+        self._shards.clear()
 
     def state_dict(self) -> dict[str, Any]:
         return {"drawn": self._drawn}
@@ -138,13 +147,14 @@ class ShuffledReader:
         start = number * self.buffer_rows
         stop = min(start + self.buffer_rows, self.store.rows)
         memory = self._memory((self._first(stop) - self._first(start)) * self._row_bytes)
-        fills = []
-        for lane in range(self._part, self.lanes, self._parts):
-            job = (self._epoch[1], lane, start, stop, memory)
-            if self._workers is None:
-                self._fill(*job)
-            else:
-                fills.append(self._workers.submit(self._fill, *job))
+        lanes = range(self._part, self.lanes, self._parts)
+        if self._workers is None:
+            self._fill(self._epoch[1], lanes, start, stop, memory)
+            fills = []
+        else:
+            shares = min(self._threads, len(lanes))
+            jobs = ((self._epoch[1], lanes[i::shares], start, stop, memory) for i in range(shares))
+            fills = [self._workers.submit(self._fill, *job) for job in jobs]
         return torch.from_numpy(memory).view(self.store.dtype).view(-1, self.store.d), fills
 
     def _memory(self, size: int) -> Any:
@@ -156,17 +166,18 @@ class ShuffledReader:
         self._buffers = [*self._buffers[-1:], self._numpy.empty(largest, dtype=self._numpy.uint8)]
         return self._buffers[-1][:size]
 
-    def _fill(self, epoch: "_Epoch", lane: int, start: int, stop: int, memory: Any) -> None:
-        """Puts the rows that `lane` has between `start` and `stop` of the epoch into their places."""
-        low, high = (-((lane - row) // self.lanes) for row in (start, stop))
-        generator = torch.Generator().manual_seed(mix_seed(epoch.seed, start * self.lanes + lane))
-        # row i of a lane is row lane + i * lanes of the epoch
-        order = lane + self.lanes * (low + torch.randperm(high - low, generator=generator))
-        places = ((order - self._part) // self._parts - self._first(start)).numpy()
-        rows, done = memory.view(f"V{self._row_bytes}"), 0
-        for shard, begin, count in epoch.pieces(lane, low, high):
-            rows[places[done : done + count]] = self._shard(shard)[begin : begin + count]
-            done += count
+    def _fill(self, epoch: "_Epoch", lanes: range, start: int, stop: int, memory: Any) -> None:
+        """Puts the rows that `lanes` have between `start` and `stop` of the epoch into their places."""
+        rows, first = memory.view(f"V{self._row_bytes}"), self._first(start)
+        for lane in lanes:
+            # row i of a lane is row lane + i * lanes of the epoch: every so many rows of this part's buffer
+            low, high = (-((lane - row) // self.lanes) for row in (start, stop))
+            places = rows[self._first(lane + low * self.lanes) - first :: self.lanes // self._parts]
+            generator = torch.Generator().manual_seed(mix_seed(epoch.seed, start * self.lanes + lane))
+            order, done = torch.randperm(high - low, generator=generator).numpy(), 0
+            for shard, begin, count in epoch.pieces(lane, low, high):
+                places[order[done : done + count]] = self._shard(shard)[begin : begin + count]
+                done += count
 
     def _shard(self, number: int) -> Any:
         """[rows] of a shard's bytes, one item per row."""
@@ -190,22 +201,19 @@ class _Epoch:
         order = torch.randperm(int(counts.sum()), generator=torch.Generator().manual_seed(seed))
         shard = torch.arange(len(rows)).repeat_interleave(counts)[order]
         begin = (order - (counts.cumsum(0) - counts)[shard]) * piece_rows
-        length = torch.minimum(begin + piece_rows, rows[shard]) - begin
-        self.seed, self._shard, self._begin, self._length = seed, shard, begin, length
-        self._ends = length.cumsum(0)
+        ends = torch.minimum(begin + piece_rows, rows[shard]).sub_(begin).cumsum_(0)
+        # its row in the shard for row e of the epoch: e + shift of the piece that e is in
+        shift = begin - torch.nn.functional.pad(ends[:-1], (1, 0))
+        self.seed, self._shard, self._shift, self._ends = seed, shard.numpy(), shift.numpy(), ends.numpy()
         # lane l has the rows l, l + lanes, ... of the epoch: so many
         each = (store.rows - torch.arange(lanes) + lanes - 1).clamp(min=0) // lanes
-        self._lanes = each.cumsum(0) - each
+        self._lanes = (each.cumsum(0) - each).tolist()
 
-    def pieces(self, lane: int, low: int, high: int) -> list[tuple[int, int, int]]:
+    def pieces(self, lane: int, low: int, high: int) -> Iterator[tuple[int, int, int]]:
         """(shard, first row, rows) of the rows low to high of a lane."""
-        low, high = (int(self._lanes[lane]) + row for row in (low, high))
-        if low >= high:
-            return []
-        one, other = (int(i) for i in torch.searchsorted(self._ends, torch.tensor([low, high - 1]), right=True))
-        here = slice(one, other + 1)
-        starts = self._ends[here] - self._length[here]
-        cut = (low - starts).clamp(min=0)
-        count = torch.minimum(self._ends[here], torch.tensor(high)) - starts - cut
-        columns = (self._shard[here], self._begin[here] + cut, count)
-        return list(zip(*(column.tolist() for column in columns), strict=True))
+        row, stop = self._lanes[lane] + low, self._lanes[lane] + high
+        piece = int(self._ends.searchsorted(row, side="right"))
+        while row < stop:
+            end = min(stop, int(self._ends[piece]))
+            yield int(self._shard[piece]), row + int(self._shift[piece]), end - row
+            row, piece = end, piece + 1

@@ -19,9 +19,13 @@ class Moments:
     @classmethod
     def of(cls, x: Tensor) -> "Moments":
         """Moments of x [rows, d], blockwise; rows with NaN or Inf do not count."""
-        total = cls(0, torch.zeros(x.shape[1], dtype=torch.float64), torch.zeros(x.shape[1], dtype=torch.float64))
-        for block in x.split(max(1, BLOCK // max(x.shape[1], 1))):
-            total = total.merge(_block(block))
+        d = x.shape[1]
+        total = cls(0, torch.zeros(d, dtype=torch.float64), torch.zeros(d, dtype=torch.float64))
+        blocks = x.split(max(1, BLOCK // max(d, 1)))
+        # one workspace for all blocks: first use of new memory costs ten times the arithmetic
+        work = torch.empty(len(blocks[0]), d, dtype=torch.float64)
+        for block in blocks:
+            total = total.merge(_block(work[: len(block)].copy_(block)))
         return total
 
     def merge(self, other: "Moments") -> "Moments":
@@ -48,18 +52,14 @@ class Moments:
 
 
 def _block(x: Tensor) -> Moments:
-    wide = x.double()
-    mean = _mean(wide)
+    """Moments of x [rows, d] fp64, which is overwritten."""
+    mean = _sum(x) / max(len(x), 1)
     if not torch.isfinite(mean).all():
-        wide = wide[wide.isfinite().all(1)]
-        mean = _mean(wide)
-    return Moments(wide.shape[0], mean, _sum((wide - mean).square_()))
+        x = x[x.isfinite().all(1)]
+        mean = _sum(x) / max(len(x), 1)
+    return Moments(len(x), mean, _sum(x.sub_(mean).square_()))
 
 
-def _sum(wide: Tensor) -> Tensor:
-    # a product with ones: three times as fast as sum(0) for narrow rows
-    return (wide.new_ones(1, wide.shape[0]) @ wide).squeeze(0)
-
-
-def _mean(wide: Tensor) -> Tensor:
-    return _sum(wide) / max(wide.shape[0], 1)
+def _sum(x: Tensor) -> Tensor:
+    # a product with ones: faster than sum(0)
+    return (x.new_ones(1, len(x)) @ x).squeeze(0)

@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import reduce
 from typing import Any
 
@@ -99,12 +100,13 @@ class StoreWriter:
                 f"{self.url}: {free:,} bytes are free and {name} takes {size:,}; what is finished stays, make room and "
                 "start again",
             )
-        shard = Shard(name, count, size, shard_files.digest(data), dropped)
-        moments = None
-        if self.manifest.kind == "activations":
-            moments = reduce(Moments.merge, (Moments.of(part["x"]) for part in rows))
         try:
-            self._files.write(name, data)
+            # what has to be read of the rows is read while they are written: one thread keeps a disk busy
+            with ThreadPoolExecutor(1, "checksum") as beside:
+                facts = beside.submit(self._facts, rows, data)
+                self._files.write(name, data)
+            checksum, moments = facts.result()
+            shard = Shard(name, count, size, checksum, dropped)
             self._files.write(record_name(name), [record_bytes(shard, moments)])
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
@@ -156,6 +158,13 @@ class StoreWriter:
                 "device rounds differently: extract the store anew"
             )
         self._files.write(shard.name, data)
+
+    def _facts(self, rows: Parts, data: list[bytes | memoryview]) -> tuple[str, Moments | None]:
+        """The checksum of a shard's file and the moments of its rows."""
+        checksum = shard_files.digest(data)
+        if self.manifest.kind != "activations":
+            return checksum, None
+        return checksum, reduce(Moments.merge, (Moments.of(part["x"]) for part in rows))
 
     def _tidy(self) -> None:
         self._files.clean()
