@@ -186,6 +186,19 @@ def test_another_model_module_or_dtype_never_touches_the_store(tmp_path):
     assert {p.name: p.read_bytes() for p in (tmp_path / "s").iterdir()} == before
 
 
+def test_a_store_of_another_schema_is_never_touched(tmp_path):
+    model, x = Sequences(), ids()
+    run(model, "encoder", x, tmp_path / "s", mask=real)
+    manifest = tmp_path / "s" / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"schema": 1', '"schema": 2'))
+    before = {p.name: p.read_bytes() for p in (tmp_path / "s").iterdir()}
+    for use in (run, repair):
+        for options in ({}, {"append": True}):
+            with pytest.raises(ValueError, match="has schema 2; this version reads and writes 1"):
+                use(model, "encoder", x, tmp_path / "s", mask=real, **options)
+    assert {p.name: p.read_bytes() for p in (tmp_path / "s").iterdir()} == before
+
+
 def test_repair_makes_the_damaged_shard_alone(tmp_path):
     model, x = Sequences(), ids()
     options = dict(mask=real, batch_size=8, shard_mb=1e-3, shuffle=3)
