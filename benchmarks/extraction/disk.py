@@ -113,9 +113,10 @@ def _read(store: ActivationStore, buffer: int, workers: int, rounds: int, cold: 
         in_turn(works, 2)  # first use of the memory, and all in the page cache
     raw, ours = in_turn(works, rounds, fresh if cold else int)
     reader.close()
-    where = f"{'disk' if cold else 'page cache'}, buffer {buffer} MiB, {f'{workers} worker' if workers else 'one thread'}"
+    where = f"{'disk' if cold else 'page cache'}, buffer {buffer} MiB"
+    threads = f"{workers} worker" if workers else "one thread"
     median, spread = ratio(raw, ours)
-    at_least(f"read: {row} B rows, {where}", median, 0.80, spread)
+    at_least(f"read: {row} B rows, {where}, {threads}: rate / raw", median, 0.80, spread)
     size = store.rows * row / 1e6
     say("", f"raw {size / middle(raw):,.0f} MB/s, reader {size / middle(ours):,.0f} MB/s")
 

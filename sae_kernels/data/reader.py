@@ -90,9 +90,12 @@ class ShuffledReader:
             number = start // self.buffer_rows
             end = min(start + missing, (number + 1) * self.buffer_rows, rows)
             first = self._first(number * self.buffer_rows)
-            parts.append(self._buffer(epoch, number)[self._first(start) - first : self._first(end) - first])
+            part = self._buffer(epoch, number)[self._first(start) - first : self._first(end) - first]
             self._drawn += end - start
             missing -= end - start
+            # the rest comes from the next buffer, which may then take this one's memory
+            parts.append(part.clone() if missing else part)
+            del part
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def split(self, part: int, parts: int) -> None:
