@@ -11,6 +11,7 @@ need_a_place_to_run()
 from test_sparse_decode import DTYPES, case, gradients  # noqa: E402
 
 import sae_kernels as sk  # noqa: E402
+from sae_kernels.kernels import sparse_decode as kernel  # noqa: E402
 from sae_kernels.kernels import tuning  # noqa: E402
 from sae_kernels.kernels.latent_sums import latent_sums  # noqa: E402
 
@@ -39,6 +40,28 @@ def test_against_the_oracle(shape, dtype):
     for a, e in zip(got, oracle(*tensors, grad), strict=True):
         assert a.dtype == dtype and (a.double() - e).norm() <= 4 * torch.finfo(dtype).eps * e.norm()
     assert all(torch.equal(a, c) for a, c in zip(got[:3], gradients(*tensors, grad), strict=False))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_codes_multiplied_whole(monkeypatch, dtype):
+    """The rule's two sides agree; several chunks of rows, a repeated index, one that is out of range."""
+    values, indices, W, b = on_device(*case(40, 6, 60, 37, dtype))
+    indices[3, 1] = indices[3, 0]
+    want, calls = oracle(values, indices, W, b, torch.zeros(40, 37))[0], []
+    wrong = indices.clone()
+    wrong[7, 2], wrong[9, 0] = 60, -1
+    original = kernel.decode_dense
+    monkeypatch.setattr(kernel, "decode_dense", lambda *a: calls.append(a) or original(*a))
+    monkeypatch.setattr(tuning, "slab_plan", lambda size: tuning.SlabPlan(nbytes=16 * (60 * 2 + 4 * 37)))
+    for most, dense in ((9, False), (10, True)):
+        with tuning.trying("decode", dense_below=most):
+            got = sk.sparse_decode(values, indices, W, b)
+            spoilt = sk.sparse_decode(values, wrong, W, None)
+        assert bool(calls) == dense and got.dtype == dtype
+        assert (got.double() - want).norm() <= 4 * torch.finfo(dtype).eps * want.norm()
+        assert spoilt.isnan().any(1).nonzero().flatten().tolist() == [7, 9] and spoilt[7].isnan().all()
+    with tuning.trying("decode", dense_below=10):
+        assert not kernel.goes_dense(60, 37, 6, torch.float32) and kernel.goes_dense(60, 37, 6, dtype)
 
 
 def test_gradients_in_one_pass_and_in_two(monkeypatch):

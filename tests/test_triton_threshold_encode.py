@@ -1,5 +1,7 @@
 """threshold_encode and batch_topk_encode on the Triton kernels against the oracle, on a GPU or in the interpreter."""
 
+import dataclasses
+
 import pytest
 import torch
 from triton_interpreter import DEVICE, INTERPRETED, need_a_place_to_run, patch_interpreter
@@ -67,6 +69,25 @@ def test_nan_and_inf(activation):
         assert_same(run(x, W, bias, 3.0, 60, activation), oracle(x, W, bias, 3.0, 60, activation))
 
 
+@pytest.mark.parametrize("activation", range(3))
+def test_fused(monkeypatch, activation):
+    """A threshold for all and one for each; rows of which nothing passes, few, more than there are slots; overflows
+    of the groups, whose rows are done over; NaN.
+    """
+    x, W, b = small_integers(3, 9, 1030, torch.float32, seed=activation)
+    each = torch.randint(-8, 60, (1030,), generator=torch.Generator().manual_seed(1)).float().clamp(min=-30)
+    b[::97] = torch.nan
+    for threshold, room in ((torch.tensor([9.0]), None), (each, None), (each.clamp(max=1), 2), (each + 99, None)):
+        limit = threshold if activation == 1 else threshold.clamp(min=0)
+        if room:
+            plan = tuning.fused_plan
+            monkeypatch.setattr(tuning, "fused_plan", lambda *a, p=plan: dataclasses.replace(p(*a), room=2, rows=2))
+        got = kernel.threshold_encode(*on_device(x, W, b, limit), 20, activation, None, "fused")
+        shown = threshold[0].item() if len(threshold) == 1 else threshold
+        want = oracle(x, W, b, shown, 20, ACTIVATIONS[activation])
+        assert_same([t.cpu() for t in got], want)
+
+
 def test_public_functions():
     """Empty input, float64, gradients, the kernel that is asked for, and batch_topk_encode on top of it."""
     x, W, b = small_integers(12, 10, 77, torch.float32)
@@ -92,3 +113,14 @@ def test_public_functions():
     assert len(calls) == 1 and reference.accumulator(x.dtype) == torch.float32
     args = (*on_device(x[:2], W, b, torch.ones(1)), 4, 0, None)
     torch.library.opcheck(torch.ops.sae_kernels.threshold_encode_triton.default, args)
+
+
+def test_the_whole_batch_is_chosen_without_waiting_for_the_device(monkeypatch):
+    x, W, b = on_device(*small_integers(5, 8, 60, torch.float32))
+    with monkeypatch.context() as watched:
+        for name in ("tolist", "item", "nonzero", "__bool__", "__int__", "__index__"):
+            watched.setattr(torch.Tensor, name, lambda *_, name=name: pytest.fail(f"{name} waits for the device"))
+        found = sk.batch_topk_encode(x, W, b, 3)
+    with sk.backend("reference"):
+        want = sk.batch_topk_encode(x, W, b, 3)
+    assert all(torch.equal(a, e) for a, e in zip(found, want, strict=True))

@@ -135,12 +135,12 @@ def test_the_path_by_the_weights():
         (256, 16384, 32, False): "fused", (512, 4096, 32, False): "fused", (513, 4096, 32, False): "slab",
         (256, 16384, 32, True): "slab", (64, 400, 32, False): "slab", (256, 16384, 342, False): "sort",
     }  # fmt: skip
-    assert {shape: kernel._pick(*shape, torch.bfloat16) for shape in cases} == cases
+    assert {shape: kernel.pick(*shape, torch.bfloat16) for shape in cases} == cases
     assert torch.get_float32_matmul_precision() == "highest"
-    assert kernel._pick(256, 16384, 32, False, torch.float32) == "slab"
+    assert kernel.pick(256, 16384, 32, False, torch.float32) == "slab"
     torch.set_float32_matmul_precision("high")
     try:
-        assert kernel._pick(256, 16384, 32, False, torch.float32) == "fused"
+        assert kernel.pick(256, 16384, 32, False, torch.float32) == "fused"
     finally:
         torch.set_float32_matmul_precision("highest")
 

@@ -35,7 +35,7 @@ FIELDS = ("kernel", "configuration", "arch", "registers", "stack", "shared", "in
 
 
 TYPES = {"slab": "*fp32", "mask": "*u8", "keys": "*i64", "counts": "*i32", "overflows": "*i32", "indices": "*i32"}
-TYPES |= {"groups": "*fp32", "names": "*i32", "fills": "*i32", "prefixes": "*i32", "budget_of": "*i32"}
+TYPES |= {"threshold": "*fp32", "passed": "*i32", "codes": "*bf16", "groups": "*fp32", "names": "*i32", "fills": "*i32", "prefixes": "*i32", "budget_of": "*i32"}
 TYPES |= dict.fromkeys(("order", "starts", "first_chunk", "chunks", "first_slot", "latent_of"), "*i64")
 LENGTHS = tuple(1 << n for n in range(5, 13))  # of rows, one per bucket of tuning.py
 ROW_LENGTHS = ("d_in", "d_out", "d")
@@ -84,6 +84,7 @@ def configurations():
     select = {"ACTIVATION": topk_select.ABS, "HAS_BIAS": True, "HAS_MASK": True, "P": 1024}
     yield topk_select.write_keys, "bf16", select, 4, 3
     yield topk_select.write_codes, "bf16", {"ACTIVATION": topk_select.ABS, "P": 1024}, 4, 3
+    yield sparse_decode.put_codes, "bf16", {"ROWS": 32}, 1, 3
     for dtype, size in (("fp32", 4), ("bf16", 2), ("fp16", 2), ("fp64", 8)):
         acc = {"ACC": tl.float64 if dtype == "fp64" else tl.float32}
         for width in LENGTHS:
@@ -122,13 +123,15 @@ def fused_kernels():
             block = {"BLOCK_N": tile.BLOCK_N, "LEVELS": tile.LEVELS}
             rest = {"HAS_BIAS": True, "BLOCK_M": tile.BLOCK_M, "BLOCK_D": tile.BLOCK_D, "TILES": tile.TILES}
             if P == 128:  # P is but a stride there
-                for precision in precisions:
-                    constants = {**common, **block, **rest, "PRECISION": precision}
+                for precision, limited in itertools.product(precisions, (True, False)):
+                    if limited and (dtype, precision) == ("fp32", "ieee"):
+                        continue  # goes by slabs
+                    constants = {**common, **block, **rest, "PRECISION": precision, "HAS_THRESHOLD": limited}
                     yield topk_encode_fused.filter_product, dtype, constants, tile.warps, tile.stages
             if dtype == "fp32":
                 yield topk_encode_fused.take_groups, dtype, {**common, **block, "AT_ONCE": tile.AT_ONCE}, 1, 3
             if P in (64, 128) or dtype == "bf16":
-                narrow = {**common, "HAS_BIAS": True, "BLOCK_D": tuning.RESCAN_D}
+                narrow = {**common, "HAS_BIAS": True, "HAS_THRESHOLD": True, "BLOCK_D": tuning.RESCAN_D}
                 yield topk_encode_fused.rescan_product, dtype, narrow, plan.rescan_warps, 3
 
 
@@ -163,7 +166,7 @@ def compiled(kernel, dtype: str, constants: dict, warps: int, stages: int, arch:
     if kernel is activation_stats.add_entries:
         options["enable_fp_fusion"] = False
     if kernel in (topk_encode_fused.rescan_product, sae_loss.grad_chunks):
-        options["maxnreg"] = tuning.RESCAN_REGISTERS
+        options["maxnreg"] = tuning.MOST_REGISTERS
     built = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(built.asm["cubin"])

@@ -15,6 +15,22 @@ from . import tuning
 from .sparse_decode import accumulator
 
 
+@triton.jit
+def chunk_of(number, latent, starts, first_chunk, chunk):
+    """The entries [begin, end) of a program's chunk, and which one of its latent's it is."""
+    place = number - tl.load(first_chunk + latent)
+    begin = tl.load(starts + latent) + place * chunk
+    return begin, tl.minimum(begin + chunk, tl.load(starts + latent + 1)), place
+
+
+@triton.jit
+def positions_at(at, end, order, ENTRIES: tl.constexpr):
+    """Where the next entries of a chunk stand in [N, k], and which of them there are."""
+    entry = at + tl.arange(0, ENTRIES)
+    on = entry < end
+    return tl.load(order + entry, mask=on, other=0), on
+
+
 @triton.jit(do_not_specialize=["chunk"])
 def sum_chunks(
     rows_of, weights, W, order, starts, first_chunk, chunks, first_slot, latent_of,
@@ -25,9 +41,7 @@ def sum_chunks(
     number = tl.program_id(0)
     latent = tl.load(latent_of + number)
     if latent < d_sae:
-        place = number - tl.load(first_chunk + latent)
-        begin = tl.load(starts + latent) + place * chunk
-        end = tl.minimum(begin + chunk, tl.load(starts + latent + 1))
+        begin, end, place = chunk_of(number, latent, starts, first_chunk, chunk)
         column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
         inside = column < d
         part = tl.zeros((ENTRIES, BLOCK_D), ACC)
@@ -35,9 +49,7 @@ def sum_chunks(
         if HAS_DOTS:
             w = tl.load(W + latent * d + column, mask=inside, other=0.0).to(ACC)
         for at in range(begin, end, ENTRIES):
-            entry = at + tl.arange(0, ENTRIES)
-            on = entry < end
-            position = tl.load(order + entry, mask=on, other=0)
+            position, on = positions_at(at, end, order, ENTRIES)
             weight = tl.load(weights + position, mask=on, other=0.0).to(ACC)
             here = on[:, None] & inside[None, :]
             row = tl.load(rows_of + (position // k)[:, None] * d + column[None, :], mask=here, other=0.0).to(ACC)

@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import tuning
-from .latent_sums import Chunks, latent_sums
+from .latent_sums import Chunks, chunk_of, latent_sums, positions_at
 from .sparse_decode import accumulator, add_slots, grad_values
 
 
@@ -83,9 +83,7 @@ def grad_chunks(
     number = tl.program_id(0)
     latent = tl.load(latent_of + number)
     if latent < d_sae:
-        place = number - tl.load(first_chunk + latent)
-        begin = tl.load(starts + latent) + place * chunk
-        end = tl.minimum(begin + chunk, tl.load(starts + latent + 1))
+        begin, end, place = chunk_of(number, latent, starts, first_chunk, chunk)
         column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
         inside = column < d
         part = tl.zeros((ENTRIES, BLOCK_D), ACC)
@@ -94,9 +92,7 @@ def grad_chunks(
         if HAS_DOTS:
             w = tl.load(W + latent * d + column, mask=inside, other=0.0).to(ACC)
         for at in range(begin, end, ENTRIES):
-            entry = at + tl.arange(0, ENTRIES)
-            on = entry < end
-            position = tl.load(order + entry, mask=on, other=0)
+            position, on = positions_at(at, end, order, ENTRIES)
             n = position // k
             value = tl.load(values + position, mask=on, other=0.0).to(ACC)
             here = on[:, None] & inside[None, :]
@@ -209,7 +205,7 @@ def _fused(grad, scale, values, W, prefixes, x, more, relu, chunks: Chunks):
         dvalues, dW, slots, dW_enc, slots_x, db_enc, slot_totals, chunks.chunk, W.shape[0], chunks.k, d, len(prefixes),
         ACC=accumulator(W.dtype), HAS_SCALE=scale is not None, HAS_DOTS=has_dots, HAS_X=x is not None,
         HAS_MORE=more is not None, RELU=relu, ENTRIES=plan.ENTRIES, BLOCK_D=plan.BLOCK_D, num_warps=plan.warps,
-        maxnreg=tuning.RESCAN_REGISTERS,
+        maxnreg=tuning.MOST_REGISTERS,
     )  # fmt: skip
     chunks.join(dW, None, slots, slot_totals, plan)
     if x is not None:

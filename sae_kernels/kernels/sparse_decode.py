@@ -6,6 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import tuning
+from .product import product
 
 
 @triton.jit
@@ -51,6 +52,20 @@ def decode(
     )
 
 
+@triton.jit(do_not_specialize=["rows"])
+def put_codes(values, indices, codes, rows, k, d_sae, ROWS: tl.constexpr):
+    """codes [rows, d_sae] += the code, entry after entry of a row; an index out of range leaves NaN."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    live = row < rows
+    for j in range(k):
+        latent = tl.load(indices + row * k + j, mask=live, other=0).to(tl.int64)
+        value = tl.load(values + row * k + j, mask=live, other=0.0).to(tl.float32)
+        valid = (latent >= 0) & (latent < d_sae)
+        at = codes + row * d_sae + tl.where(valid, latent, 0)
+        total = tl.load(at, mask=live, other=0.0).to(tl.float32) + tl.where(valid, value, float("nan"))
+        tl.store(at, total.to(codes.dtype.element_ty), mask=live)
+
+
 @triton.jit
 def dot_rows(grad, indices, W, out, k, d_sae, d_out, ACC: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr):
     """out [rows, k] = <grad[row], W[indices[row, j]]>, BLOCK_K entries of a row per program; NaN if out of range."""
@@ -77,7 +92,9 @@ def accumulator(dtype: torch.dtype):
 def sparse_decode(values: Tensor, indices: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
     """values, indices [N, k], W [d_sae, d_out], b [d_out] -> [N, d_out] in W's dtype."""
     out = W.new_empty(values.shape[0], W.shape[1])
-    if out.numel() > 0:
+    if out.numel() > 0 and goes_dense(*W.shape, values.shape[1], W.dtype):
+        decode_dense(values.contiguous(), indices.contiguous(), W, b, out)
+    elif out.numel() > 0:
         plan = tuning.decode_plan(W.shape[1], W.element_size())
         decode[(triton.cdiv(out.shape[0], plan.ROWS), triton.cdiv(out.shape[1], plan.BLOCK_D))](
             values.contiguous(), indices.contiguous(), W.contiguous(), None if b is None else b.contiguous(), out,
@@ -85,6 +102,33 @@ def sparse_decode(values: Tensor, indices: Tensor, W: Tensor, b: Tensor | None) 
             ROWS=plan.ROWS, BLOCK_D=plan.BLOCK_D, UNROLL=plan.UNROLL, num_warps=plan.warps,
         )  # fmt: skip
     return out
+
+
+def goes_dense(d_sae: int, d_out: int, k: int, dtype: torch.dtype) -> bool:
+    """Whether a product over all latents is quicker than gathering k rows of W: where there are few latents per entry,
+    and tensor cores multiply them as exactly as the gathers would.
+    """
+    return dtype.itemsize == 2 and d_sae <= k * tuning.decode_plan(d_out, dtype.itemsize).dense_below
+
+
+def decode_dense(values: Tensor, indices: Tensor, W: Tensor, b: Tensor | None, out: Tensor) -> None:
+    """Codes of as many rows as the slab's workspace holds, times W. What is not finite anywhere in W reaches every row.
+
+    Entries of one latent in one row are added in W's dtype.
+    """
+    d_sae, d_out = W.shape
+    each = d_sae * W.element_size() + 4 * d_out
+    rows = max(1, min(len(out), tuning.whole(tuning.slab_plan(W.element_size()).nbytes // each)))
+    codes, wide = W.new_empty(rows, d_sae), W.new_empty(rows, d_out, dtype=torch.float32)
+    for top in range(0, len(out), rows):
+        here = slice(top, min(top + rows, len(out)))
+        n = here.stop - top
+        codes[:n].zero_()
+        put_codes[(triton.cdiv(n, 32),)](
+            values[here], indices[here], codes, n, values.shape[1], d_sae, ROWS=32, num_warps=1
+        )
+        product(codes[:n], W.mT, wide[:n])
+        out[here] = wide[:n] if b is None else wide[:n] + b
 
 
 def grad_values(grad: Tensor, indices: Tensor, W: Tensor) -> Tensor:

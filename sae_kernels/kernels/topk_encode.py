@@ -1,17 +1,13 @@
 """topk_encode in Triton: which path, and the two that go through slabs of pre-activations."""
 
-from collections.abc import Callable
-
 import torch
 import triton
 from torch import Tensor
 
 from . import tuning
 from .product import product
-from .topk_encode_fused import precision, topk_encode_fused
+from .topk_encode_fused import Screen, precision, topk_encode_fused
 from .topk_select import Selection, write_codes, write_keys
-
-Screen = Callable[[Tensor, int, int], None]
 
 
 def topk_encode(
@@ -28,13 +24,15 @@ def topk_encode(
     values = x.new_empty(x.shape[0], k)
     indices = x.new_empty(x.shape[0], k, dtype=torch.int32)
     if x.shape[0] > 0:
-        chosen = _pick(x.shape[1], W.shape[0], k, mask is not None, x.dtype) if path == "auto" else path
-        run = {"fused": _fused, "slab": by_slabs, "sort": by_sorting}[chosen]
-        run(x, W, b, k, activation, mask, values, indices)
+        chosen = pick(x.shape[1], W.shape[0], k, mask is not None, x.dtype) if path == "auto" else path
+        if chosen == "fused":
+            topk_encode_fused(x, W, b, k, activation, values, indices)
+        else:
+            {"slab": by_slabs, "sort": by_sorting}[chosen](x, W, b, k, activation, mask, values, indices)
     return values, indices
 
 
-def _pick(d_in: int, d_sae: int, k: int, masked: bool, dtype: torch.dtype) -> str:
+def pick(d_in: int, d_sae: int, k: int, masked: bool, dtype: torch.dtype) -> str:
     """Which path, by the weights; the number of rows plays no part. Reckoned, not yet measured."""
     if k > tuning.LARGEST_K:
         return "sort"
@@ -51,13 +49,9 @@ def _few(d_sae: int, k: int) -> bool:
     return tuning.first_step(d_sae, k) == 1
 
 
-def _fused(x, W, b, k, activation, mask, values, indices) -> Tensor:
-    return topk_encode_fused(x, W, b, k, activation, values, indices)
-
-
 def by_slabs(x, W, b, k, activation, mask, values, indices, screen: Screen | None = None) -> Tensor:
-    """Returns how many rows were done over, on the device. screen(slab, row, latent) may change a slab before the
-    choice; it is told the slab's first row and latent.
+    """Returns how many rows were done over, on the device. screen(slab, row, latent, 1) may change a slab before
+    the choice; it is told the slab's first row and latent.
     """
     d_sae = W.shape[0]
     rows, columns = tuning.slab_shape(x.shape[0], d_sae, x.element_size())
@@ -71,7 +65,7 @@ def by_slabs(x, W, b, k, activation, mask, values, indices, screen: Screen | Non
             pre = space[: part.shape[0] * W_part.shape[0]].view(part.shape[0], W_part.shape[0])
             product(part, W_part, pre)
             if screen is not None:
-                screen(pre, top, first)
+                screen(pre, top, first, 1)
             best.slab(pre, first, aligned=d_sae % 16 == 0)
             last = first + columns >= d_sae
             best.rank(part.shape[0], *((values[top : top + rows], indices[top : top + rows]) if last else ()))
@@ -92,7 +86,7 @@ def by_sorting(x, W, b, k, activation, mask, values, indices, screen: Screen | N
         n = part.shape[0]
         product(part, W, space[:n])
         if screen is not None:
-            screen(space[:n], top, 0)
+            screen(space[:n], top, 0, 1)
         write_keys[(n, triton.cdiv(d_sae, P))](
             space, bias, bytes_mask, keys, n, d_sae,
             ACTIVATION=activation, HAS_BIAS=b is not None, HAS_MASK=mask is not None, P=P,

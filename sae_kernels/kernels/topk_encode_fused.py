@@ -11,6 +11,8 @@ The products of different phases may round a pre-activation differently in its l
 pre-activations are equal only in exact arithmetic need not rank by index.
 """
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
@@ -18,13 +20,23 @@ from torch import Tensor
 
 from . import tuning
 from .product import product
-from .topk_select import _ABS, _MIN64, _RELU, Selection, absorb, make_keys, push
+from .topk_select import _ABS, _MIN64, _NONE, _RELU, Selection, absorb, make_keys, push
+
+Screen = Callable[[Tensor, int, int, int], None]
 
 
 @triton.jit
 def latent_at(column, step, GROWTH: tl.constexpr):
     """The column-th multiple of step that is no multiple of GROWTH * step."""
     return step * (GROWTH * (column // (GROWTH - 1)) + column % (GROWTH - 1) + 1)
+
+
+@triton.jit
+def above(total, threshold, threshold_step, latent, inside, ACTIVATION: tl.constexpr):
+    """Which pre-activations [..., latents] are above their latent's threshold; NaN always is."""
+    limit = tl.load(threshold + latent * threshold_step, mask=inside, other=0.0)
+    score = tl.abs(total) if ACTIVATION == _ABS else total
+    return ((score > limit) | (score != score)) & inside
 
 
 @triton.jit
@@ -39,9 +51,10 @@ def group_maxima(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr, LEVELS: tl.con
 
 @triton.jit(do_not_specialize=["rows", "columns", "step"])
 def filter_product(
-    x, W, bias, keys, groups, names, fills, rows, columns, d_in, d_sae, step, k, room,
-    ACTIVATION: tl.constexpr, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr, GROWTH: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, LEVELS: tl.constexpr,
+    x, W, bias, threshold, passed, keys, groups, names, fills,
+    rows, columns, d_in, d_sae, head, step, threshold_step, k, room,
+    ACTIVATION: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_THRESHOLD: tl.constexpr, PRECISION: tl.constexpr,
+    GROWTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, LEVELS: tl.constexpr,
     TILES: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
     """x [rows, d_in] times the `columns` latents of one phase.
@@ -49,6 +62,8 @@ def filter_product(
     A group of G = 2^LEVELS pre-activations that may hold one of the row's k best goes to groups [rows, room, G], its
     number to names [rows, room]; fills [rows] counts them, also those for which there was no room. Each x and W element
     is read d_sae / BLOCK_N and rows / BLOCK_M times, from L2: programs go through TILES row tiles per column tile.
+    HAS_THRESHOLD: what is not above its latent's threshold has the lowest score instead; passed [rows] counts the
+    others, but for those of the head.
     """
     tiles_m, tiles_n = tl.cdiv(rows, BLOCK_M), tl.cdiv(columns, BLOCK_N)
     block = tl.program_id(0) // (TILES * tiles_n)
@@ -70,14 +85,18 @@ def filter_product(
         )
         total = tl.dot(a, w, total, input_precision=PRECISION)
 
+    if HAS_THRESHOLD:
+        passes = above(total, threshold, threshold_step, latent, inside & (latent >= head), ACTIVATION)
+        total = tl.where(passes, total, float("-inf") if ACTIVATION == _NONE else 0.0)
+        tl.atomic_add(passed + row, tl.sum(passes.to(tl.int32), 1), mask=live, sem="relaxed")
     G: tl.constexpr = 1 << LEVELS
     WIDTH: tl.constexpr = BLOCK_N // G
     best = group_maxima(tl.abs(total) if ACTIVATION == _ABS else total, BLOCK_M, BLOCK_N, LEVELS)
     order = (tl.load(keys + row.to(tl.int64) * P + (k - 1), mask=live, other=0) >> 32).to(tl.int32)
     bound = (order ^ ((order >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
     reaches = best >= bound[:, None]
-    if ACTIVATION == _RELU:
-        reaches = reaches & (best > 0)  # zeros beyond the head lose to those of the head
+    if ACTIVATION == _RELU or HAS_THRESHOLD:  # the lowest scores beyond the head lose to those of the head
+        reaches = reaches & (best > (float("-inf") if ACTIVATION == _NONE else 0.0))
     reaches = (reaches | (best != best)) & live[:, None]
     place = tl.atomic_add(fills + row[:, None] + tl.zeros((1, WIDTH), tl.int32), 1, mask=reaches, sem="relaxed")
     reaches = reaches & (place < room)
@@ -119,8 +138,9 @@ def take_groups(
 
 @triton.jit(do_not_specialize=["columns", "step"])
 def rescan_product(
-    x, W, bias, keys, counts, overflows, columns, d_in, d_sae, head, step, k,
-    ACTIVATION: tl.constexpr, HAS_BIAS: tl.constexpr, GROWTH: tl.constexpr, BLOCK_D: tl.constexpr, P: tl.constexpr,
+    x, W, bias, threshold, keys, counts, overflows, columns, d_in, d_sae, head, step, threshold_step, k,
+    ACTIVATION: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_THRESHOLD: tl.constexpr, GROWTH: tl.constexpr,
+    BLOCK_D: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
     """The rows that overflowed in this phase, exactly: their pre-activations again, and a running list of the best
     keys.
@@ -143,6 +163,9 @@ def rescan_product(
             total = tl.sum(pre, 1)
             if HAS_BIAS:
                 total += tl.load(bias + latent, mask=inside, other=0.0).to(tl.float32)
+            if HAS_THRESHOLD:
+                passes = above(total, threshold, threshold_step, latent, inside, ACTIVATION)
+                total = tl.where(passes, total, float("-inf") if ACTIVATION == _NONE else 0.0)
             key = tl.where(inside, make_keys(total, latent, inside, ACTIVATION), _MIN64)
             best = absorb(best, key, k, lane, P)
         tl.store(at, best, mask=lane < k)
@@ -164,8 +187,15 @@ def phases(first_step: int, growth: int) -> list[int]:
     return steps
 
 
-def topk_encode_fused(x, W, b, k, activation, values, indices) -> Tensor:
-    """Fills values and indices [N, k] for N >= 1 rows; returns how many rows were done over, on the device."""
+def topk_encode_fused(
+    x, W, b, k, activation, values, indices,
+    screen: Screen | None = None, threshold: Tensor | None = None, passed: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Fills values and indices [N, k] for N >= 1 rows; returns how many rows were done over, on the device.
+
+    threshold [1] or [d_sae] float32, passed [N] int32 and screen(slab, row, latent, step) come together: the screen
+    does to a slab what the kernels do with the threshold, and adds the bias and to `passed`.
+    """
     x, W = x.contiguous(), W.contiguous()
     d_in, d_sae = x.shape[1], W.shape[0]
     plan = tuning.fused_plan(d_in, d_sae, k, x.element_size())
@@ -173,7 +203,8 @@ def topk_encode_fused(x, W, b, k, activation, values, indices) -> Tensor:
     begin = -(-plan.head // plan.first_step) * plan.first_step
     W_sample = W[begin :: plan.first_step]
     space = x.new_empty(rows * max(plan.head, W_sample.shape[0]), dtype=torch.float32)
-    best = Selection(rows, k, activation, b, None, x.device)
+    best = Selection(rows, k, activation, b if screen is None else None, None, x.device)
+    bias = None if b is None else b.contiguous()
     buffers = (
         x.new_empty(rows, plan.room, 1 << plan.LEVELS, dtype=torch.float32),
         x.new_empty(rows, plan.room, dtype=torch.int32),
@@ -185,31 +216,38 @@ def topk_encode_fused(x, W, b, k, activation, values, indices) -> Tensor:
         for W_part, first, step in ((W[: plan.head], 0, 1), (W_sample, begin, plan.first_step)):
             pre = space[: part.shape[0] * W_part.shape[0]].view(part.shape[0], W_part.shape[0])
             product(part, W_part, pre)
+            if screen is not None:
+                screen(pre, top, first, step)
             best.slab(pre, first, step, aligned=W_part.shape[0] % 16 == 0)
             best.rank(part.shape[0])
+        limits = (threshold, None if passed is None else passed[top : top + rows])
         for step in phases(plan.first_step, plan.GROWTH):
-            _one_phase(part, W, step, plan, best, buffers)
+            _one_phase(part, W, bias, limits, step, plan, best, buffers)
             last = (values[top : top + rows], indices[top : top + rows]) if step == 1 else ()
             best.rank(part.shape[0], *last)
     return best.overflows
 
 
-def _one_phase(x: Tensor, W: Tensor, step: int, plan: tuning.FusedPlan, best: Selection, buffers: tuple) -> None:
+def _one_phase(x, W, bias, limits: tuple, step: int, plan: tuning.FusedPlan, best: Selection, buffers: tuple) -> None:
     (n, d_in), d_sae, k = x.shape, W.shape[0], best.k
+    threshold, passed = limits
+    threshold_step = int(threshold is not None and threshold.shape[0] > 1)
     columns = len(range(0, d_sae, step)) - len(range(0, d_sae, step * plan.GROWTH))
     common = {"ACTIVATION": best.activation, "GROWTH": plan.GROWTH, "P": best.plan.P}
+    options = {"HAS_BIAS": bias is not None, "HAS_THRESHOLD": threshold is not None}
     tile = {"BLOCK_N": plan.BLOCK_N, "LEVELS": plan.LEVELS}
     filter_product[(triton.cdiv(n, plan.BLOCK_M) * triton.cdiv(columns, plan.BLOCK_N),)](
-        x, W, best.bias, best.keys, *buffers, n, columns, d_in, d_sae, step, k, plan.room,
-        HAS_BIAS=best.bias is not None, PRECISION=precision(x.dtype), BLOCK_M=plan.BLOCK_M, BLOCK_D=plan.BLOCK_D,
-        TILES=plan.TILES, num_warps=plan.warps, num_stages=plan.stages, **common, **tile,
+        x, W, bias, threshold, passed, best.keys, *buffers,
+        n, columns, d_in, d_sae, plan.head, step, threshold_step, k, plan.room,
+        PRECISION=precision(x.dtype), BLOCK_M=plan.BLOCK_M, BLOCK_D=plan.BLOCK_D, TILES=plan.TILES,
+        num_warps=plan.warps, num_stages=plan.stages, **common, **options, **tile,
     )  # fmt: skip
     take_groups[(n,)](
         best.keys, best.counts, *buffers, d_sae, plan.head, step, k, plan.room, AT_ONCE=plan.AT_ONCE, num_warps=1,
         **common, **tile,
     )  # fmt: skip
     rescan_product[(n,)](
-        x, W, best.bias, best.keys, best.counts, best.overflows, columns, d_in, d_sae, plan.head, step, k,
-        HAS_BIAS=best.bias is not None, BLOCK_D=tuning.RESCAN_D, num_warps=best.plan.rescan_warps,
-        maxnreg=tuning.RESCAN_REGISTERS, **common,
+        x, W, bias, threshold, best.keys, best.counts, best.overflows, columns, d_in, d_sae, plan.head, step,
+        threshold_step, k, BLOCK_D=tuning.RESCAN_D, num_warps=best.plan.rescan_warps, maxnreg=tuning.MOST_REGISTERS,
+        **common, **options,
     )  # fmt: skip

@@ -15,7 +15,7 @@ RELU, NONE, ABS = 0, 1, 2
 
 _MIN32 = tl.constexpr(-(2**31))  # order bits of a latent that may not compete; -inf stands above it
 _MIN64 = tl.constexpr(-(2**63))  # no latent at all
-_RELU, _ABS = tl.constexpr(RELU), tl.constexpr(ABS)
+_RELU, _NONE, _ABS = tl.constexpr(RELU), tl.constexpr(NONE), tl.constexpr(ABS)
 
 
 @triton.jit

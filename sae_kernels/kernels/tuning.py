@@ -115,12 +115,15 @@ def slab_shape(rows: int, d_sae: int, element_size: int) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class DecodePlan:
-    """ROWS x BLOCK_D outputs per program; UNROLL entries of k in flight."""
+    """ROWS x BLOCK_D outputs per program; UNROLL entries of k in flight. dense_below: with at most so many latents per
+    entry of a row, codes are multiplied whole; 0, as long as no GPU has measured it.
+    """
 
     ROWS: int
     BLOCK_D: int
     UNROLL: int
     warps: int
+    dense_below: int = 0
 
 
 @dataclass(frozen=True)
@@ -203,7 +206,7 @@ class FusedPlan(Tile):
 
 TILE = {2: Tile(128, 128, 64, 3, 8, 3), 4: Tile(64, 128, 32, 3, 8, 3)}  # by element size
 RESCAN_D = 8
-RESCAN_REGISTERS = 255  # left alone, ptxas spills a few addresses for occupancy, which a rare fallback does not need
+MOST_REGISTERS = 255  # left alone, ptxas spills a few addresses for more occupancy
 GROUP_BYTES = 96 * 2**20  # large chunks of rows: some thirty launches serve each
 
 

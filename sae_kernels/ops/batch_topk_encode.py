@@ -53,9 +53,10 @@ def batch_topk_encode(
     scores stand by the lower row, then by the lower index. NaN ranks highest; -inf is never chosen. The other slots
     hold value 0 and latents of no meaning: valid, and distinct within a row.
 
-    Differentiable once in x, W_enc and b_enc; chosen on pre-activations accumulated in float32. A first guess of the
-    threshold from some of the rows makes the pass over all rows cheap; should too few entries pass it, the pass is made
-    again without. Workspace: as topk_encode with k = max_active, and on CPU 4 bytes per candidate.
+    Differentiable once in x, W_enc and b_enc; chosen on pre-activations accumulated in float32. On CPU a first guess of
+    the threshold from some of the rows makes the pass over all rows cheap; should too few entries pass it, the pass is
+    made again without. Workspace: as topk_encode with k = max_active; on CPU 4 bytes per candidate, elsewhere what the
+    sorting of all rows x max_active scores takes. The kernels on a GPU wait for nothing.
 
     Under autocast, tensors of different floating dtypes are brought to W_enc's. Raises TypeError or ValueError that
     names the argument, before any work.
@@ -75,15 +76,18 @@ def batch_topk_encode(
 
 def _choose(x, W_enc, b_enc, k, max_active, activation, latent_mask, backend):
     total, magnitude = k * x.shape[0], activation == "abs"
-    lowest = torch.full((1,), _floor(activation), dtype=reference.accumulator(x.dtype), device=x.device)
     arguments = (max_active, activation, latent_mask)
+    lowest = torch.full((1,), _floor(activation), dtype=reference.accumulator(x.dtype), device=x.device)
+    if backend != "cpu":  # to see whether a guess was too high a GPU would have to be waited for
+        found = threshold_with(backend, x, W_enc, b_enc, lowest, *arguments)
+        values, counts, threshold = reference.batch_keep(found[0], found[2], total, magnitude)
+        return values, found[1], counts, threshold
     limit = torch.maximum(_guess(x, W_enc, b_enc, k, *arguments, backend).to(lowest), lowest)
     values, indices, counts = threshold_with(backend, x, W_enc, b_enc, limit, *arguments)
     if counts.clamp(max=max_active).sum() < total and limit > lowest:
         values, indices, counts = threshold_with(backend, x, W_enc, b_enc, lowest, *arguments)
-    keep = torch.ops.sae_kernels.batch_keep if backend == "cpu" else reference.batch_keep
-    kept, counts, threshold = keep(values, counts, total, magnitude)
-    return kept, indices, counts, threshold
+    values, counts, threshold = torch.ops.sae_kernels.batch_keep(values, counts, total, magnitude)
+    return values, indices, counts, threshold
 
 
 def _floor(activation: str) -> float:
