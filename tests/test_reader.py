@@ -1,5 +1,7 @@
 """The shuffled reader: exact epochs, a shuffle that passes its statistics, positions, parts, workers, wrong inputs."""
 
+import threading
+
 import pytest
 import torch
 from ranks import run_ranks
@@ -113,6 +115,22 @@ def test_batches_that_are_kept_stay_as_they_were(store):
 def test_memory_of_used_buffers_is_used_again(tmp_path):
     reader = ShuffledReader(write(tmp_path / "acts", 1024, 100), 64, workers=0, **SMALL)
     assert len({reader.next().untyped_storage().data_ptr() for _ in range(64)}) == 1
+
+
+def test_a_batch_over_two_buffers_holds_neither(store):
+    reader = ShuffledReader(store, 64, workers=0, **SMALL)
+    for _ in range(64):  # ROWS is prime: from the second epoch on, batches lie across the ends of buffers
+        reader.next()
+    assert len(reader._buffers) == 1
+
+
+def test_close_lets_go_and_batches_stay(store):
+    reader = ShuffledReader(store, 64, workers=2, **SMALL)
+    batch = reader.next()
+    copy, threads = batch.clone(), [thread for thread in threading.enumerate() if thread.name.startswith("reader")]
+    reader.close()
+    assert threads and not any(thread.is_alive() for thread in threads)
+    assert torch.equal(batch, copy) and not reader._buffers and not reader._shards
 
 
 def test_shuffle_statistics(tmp_path):
