@@ -12,8 +12,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, setup
-from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
+
+try:
+    from setuptools.command.bdist_wheel import bdist_wheel
+except ImportError:  # setuptools before 70.1
+    from wheel.bdist_wheel import bdist_wheel
 
 HERE = Path(__file__).parent
 X86 = platform.machine() in ("x86_64", "AMD64")
@@ -63,6 +67,21 @@ def cuda_toolkit():
 
 
 class BuildNative(build_ext):
+    user_options = [
+        *build_ext.user_options,
+        ("only=", None, "build one library alone: cpu or cuda"),
+        ("cuda-codes=", None, f"GPU generations to compile for, separated by commas (default: {','.join(CUDA_CODES)})"),
+    ]
+
+    def initialize_options(self):
+        super().initialize_options()
+        self.only, self.cuda_codes = None, ",".join(CUDA_CODES)
+
+    def finalize_options(self):
+        super().finalize_options()
+        if self.only:
+            self.extensions = [ext for ext in self.extensions if ext.name.endswith(self.only)]
+
     def run(self):
         self.reasons = {ext.name: None for ext in self.extensions}
         super().run()
@@ -99,7 +118,7 @@ class BuildNative(build_ext):
             return toolkit
         nvcc = toolkit / "bin" / "nvcc"
         known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout.split()
-        codes = [code for code in CUDA_CODES if f"sm_{code.rstrip('a')}" in known]
+        codes = [code for code in self.cuda_codes.split(",") if f"sm_{code.rstrip('a')}" in known]
         targets = [f"-gencode=arch=compute_{code},code=sm_{code}" for code in codes]
         targets.append(f"-gencode=arch=compute_{codes[0]},code=compute_{codes[0]}")  # what later GPUs translate
         folder = Path(self.build_temp) / "cuda"

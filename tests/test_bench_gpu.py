@@ -12,11 +12,12 @@ import pytest
 
 pytest.importorskip("triton")
 
-from benchmarks.gpu import cells, checks, targets  # noqa: E402
+from benchmarks.gpu import cells, checks, targets, warm  # noqa: E402
 from benchmarks.gpu.__main__ import main, options  # noqa: E402
-from benchmarks.gpu.plan import HEADLINE, TINY, Cell, first_of_each_op, plan  # noqa: E402
+from benchmarks.gpu.plan import HEADLINE, TINY, TUNED, Cell, first_of_each_op, plan  # noqa: E402
 from sae_kernels._info import GPU_VERIFIED  # noqa: E402
 from sae_kernels.bench import OPS, Row, table  # noqa: E402
+from sae_kernels.bench.providers import COMPILED as CAN_COMPILE  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 GOOD, BAD = "def test_it():\n    pass\n", "def test_it():\n    assert 1 == 2, 'not equal'\n"
@@ -62,6 +63,7 @@ def test_correctness_comes_first(rehearsal):
         "not timed, topk_encode: skipped: the tests of topk_encode" in done.stdout and "ceiling, float32" in done.stdout
     )
     assert "sparse_decode forward, 4 x 8 x 40" in (out / "log.txt").read_text()
+    assert "compiled sparse_decode backward, tiny: ok" in (out / "log.txt").read_text()
     assert not (out / "state.json").exists()
 
 
@@ -134,6 +136,23 @@ def test_a_process_that_dies_is_a_row_and_the_next_goes_on(tmp_path, monkeypatch
     assert ("sparse_decode", "forward", *TINY.size) in cells.done([dead], "abc")
 
 
+def test_what_compiles_beside_the_tests(tmp_path, monkeypatch):
+    """Every case of the plan once and every sweep that follows; what has not ended by the deadline is stopped."""
+    calls = warm.commands("cuda", (), True)
+    named = [cell[0].case.name for cell in warm.cases("cuda", (), True)]
+    assert [call[:4] for call in calls[: len(named)]] == [
+        ["benchmarks.gpu.warm", "cuda", str(number), "1"] for number in range(len(named))
+    ]
+    assert named[:4] == [case.name for case in HEADLINE] and len(calls) == len(named) + 3 * len(TUNED)
+    assert calls[-1] == ["benchmarks.gpu.tune", "cuda", "2", TUNED[-1]]  # the weights of the fourth are too large
+    assert all(call[0] == "benchmarks.gpu.warm" for call in warm.commands("cuda", (), False))
+    monkeypatch.setattr(warm, "commands", lambda *_: [["timeit", "-n", "1", "import time; time.sleep(60)"]])
+    start = time.time()
+    with warm.warming("cpu", (), False, tmp_path / "log.txt", grace=0.2):
+        pass
+    assert time.time() - start < 20
+
+
 def test_no_comparison_begins_when_the_time_is_up(tmp_path, monkeypatch):
     monkeypatch.setattr(cells.subprocess, "run", lambda *_, **__: pytest.fail("a process was started"))
     state = cells.State("cpu", str(tmp_path), FACTS, [], {}, time.time() + 1)
@@ -143,6 +162,12 @@ def test_no_comparison_begins_when_the_time_is_up(tmp_path, monkeypatch):
 
 def test_the_plan_puts_the_issue_s_table_first():
     full = plan("cuda")
+    assert [cell.key for cell in full if cell.compiled] == [
+        cell.key for cell in full if not cell.compiled and cell.case in HEADLINE and cell[:2] in CAN_COMPILE
+    ]
+    assert full[-1].compiled and all(not cell.compiled for cell in full[:-16])  # four calls of four cases, last
+    first = plan("cuda", headline=True)
+    assert full[: len(first)] == first and {cell.op for cell in first} == set(checks.NEEDS)
     assert [cell.case for cell in full[:4]] == list(HEADLINE) and {cell[:2] for cell in full[:4]} == {
         ("topk_encode", "forward")
     }
@@ -153,7 +178,8 @@ def test_the_plan_puts_the_issue_s_table_first():
         (2**17, 1536, 24576, 64),
         (2**15, 4096, 131072, 64),
     ]
-    assert len({cell.key for cell in full}) == len(full) and all(cell.mode in OPS[cell.op] for cell in full)
+    assert len({(cell.key, cell.compiled) for cell in full}) == len(full)
+    assert all(cell.mode in OPS[cell.op] for cell in full)
     assert {cell.op for cell in plan("cuda", ("serving",))} == {"serving"}
     assert [c[:2] for c in first_of_each_op(full)][:2] == [("topk_encode", "forward"), ("sparse_decode", "forward")]
     assert plan("cpu", ("sparse_decode",)) == [Cell("sparse_decode", m, TINY) for m in ("forward", "backward")]
@@ -206,6 +232,23 @@ def test_tuning_keeps_what_is_faster_and_right(tmp_path, monkeypatch, capsys):
     assert "the time is up" in capsys.readouterr().out
 
 
+def test_tuning_finds_up_to_where_codes_are_multiplied_whole(monkeypatch):
+    from benchmarks.gpu import tune as tuner
+
+    asked = []
+
+    def seconds(run, device):
+        d_sae, k = run.__defaults__[0].case.d_sae, run.__defaults__[0].case.k
+        asked.append(d_sae // k)
+        dense = tuner.sparse_decode.goes_dense(d_sae, 64, k, tuner.sparse_decode.torch.bfloat16)
+        return d_sae / k if dense else 40.0
+
+    monkeypatch.setattr(tuner, "_seconds", seconds)
+    assert tuner.dense_below(replace(HEADLINE[0], rows=4), "cpu") == 32 and asked == [8, 8, 16, 16, 32, 32, 64, 64]
+    monkeypatch.setattr(tuner, "_seconds", lambda run, device: 1.0)
+    assert tuner.dense_below(replace(HEADLINE[0], rows=4), "cpu") == 0
+
+
 def test_tuning_sweeps_fields_that_the_plans_have():
     from benchmarks.gpu import tune as tuner
 
@@ -216,6 +259,7 @@ def test_tuning_sweeps_fields_that_the_plans_have():
     assert {kind: set(f) - set(plans[kind].__dataclass_fields__) for kind, f in tuner.FIELDS.items()} == dict.fromkeys(
         plans, set()
     )
+    assert tuple(tuner.FIELDS) == TUNED
     small = replace(HEADLINE[0], rows=2)
     subjects = list(tuner.subjects(small, "cpu"))
     assert {s.kind for s in subjects} == set(plans)

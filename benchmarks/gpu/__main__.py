@@ -1,16 +1,26 @@
 """Proves and measures the kernels on a GPU: builds, runs every GPU test, then times what passed.
 
-    python -m benchmarks.gpu --out DIR                      build, test, time; ends within --minutes (8)
-    python -m benchmarks.gpu --out DIR --tune               sweep the Triton configurations -> DIR/tuning.json
+    python -m benchmarks.gpu --out DIR --tune               what a first look takes: build, tests, the headline cases,
+                                                            then a sweep of the Triton configurations
+    python -m benchmarks.gpu --out DIR --resume EARLIER     what EARLIER lacks: the other cases, torch.compile
     python -m benchmarks.gpu --out DIR --resume EARLIER --profile
-                                                            what EARLIER lacks, then the time per kernel
+                                                            and then the time per kernel
 
-Needs torch, Triton, pytest and, for the CUDA C++ kernels, nvcc; no network. Rows go to DIR/<device>/<op>.csv as they
-are measured, what the build, the tests and the profile say to DIR/log.txt. These three, in that order, are what a first
-look at a new GPU takes, ten minutes each; in between, copy DIR/tuning.json to sae_kernels/kernels/tuning.json, so that
-the third one measures with it (under another commit, so that the rows of the first are measured again). What becomes
-part of the repository are the rows, in benchmarks/results/<device>/. `--device cpu` rehearses all this in Triton's
-interpreter.
+Everything ends within --minutes. What is worth most comes first: tests of all ops at once, each in a process of its
+own, while the kernels of the cases compile beside them; the headline case of every op; the rest. Whatever is cut off
+is done by another run with --resume, which runs no test and no comparison of the same commit again.
+
+Rows go to DIR/<device>/<op>.csv as they are measured, what the build, the tests and the profile say to DIR/log.txt,
+tested gates to DIR/tests.json, what the sweep found to DIR/tuning.json: that file goes to sae_kernels/kernels/, and
+rows under the next commit are measured with it. What becomes part of the repository are the rows, in
+benchmarks/results/<device>/.
+
+Needs Python 3.10, torch 2.10 with CUDA, Triton 3.6, numpy, pytest and hypothesis; for the CUDA C++ kernels nvcc of
+torch's CUDA release and setuptools 77 (one GPU generation compiles in about half a minute of one core); pytest-xdist to
+use more than one core per op. What is missing can be brought as wheels on PYTHONPATH. No network, no git (then give
+--commit), no install: it runs from the root of the sources, and nothing built elsewhere is needed. Peers that are not
+installed have no rows; eai-sparsify and sae-lens can be brought as wheels too. `--device cpu` rehearses all this in
+Triton's interpreter.
 """
 
 import argparse
@@ -28,6 +38,7 @@ from sae_kernels.bench.runner import machine_facts
 
 from . import cells, checks, targets
 from .plan import first_of_each_op, plan
+from .warm import warming
 
 TESTS_SHARE = 0.6  # of the time, at most, for building and testing
 
@@ -44,7 +55,7 @@ def options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--commit", help="what the rows are to say where there is no git checkout")
     parser.add_argument("--tests", type=Path, default=checks.TESTS, help="folder of the tests that come first")
     parser.add_argument("--no-build", action="store_true", help="the native libraries are built already")
-    parser.add_argument("--tune", action="store_true", help="sweep the Triton configurations instead of timing")
+    parser.add_argument("--tune", action="store_true", help="time the headline cases alone, then sweep configurations")
     parser.add_argument("--profile", action="store_true", help="then the time per kernel of the first case of each op")
     chosen = parser.parse_args(arguments)
     chosen.op = [ALIASES.get(op, op) for op in chosen.op]
@@ -72,30 +83,33 @@ def main(arguments: list[str] | None = None) -> int:
     print(f"{facts['device']}; torch {facts['torch']}, triton {facts['triton'] or '-'}; {facts['commit']}", flush=True)
     if chosen.resume is not None:
         _bring(chosen.resume, out, facts["slug"])
+    log = out / "log.txt"
     if not chosen.no_build:
-        print(f"native libraries: {checks.build(out / 'log.txt')}", flush=True)
+        print(f"native library: {checks.build(log, chosen.device)} ({time.time() - start:.0f} s)", flush=True)
+    tested_by = start + TESTS_SHARE * 60 * chosen.minutes
+    with warming(chosen.device, tuple(chosen.op), chosen.tune, log):
+        gates = checks.run_tests(chosen.device, out, facts["commit"], tested_by - time.time(), chosen.tests)
+    print(f"tested and compiled after {time.time() - start:.0f} s", flush=True)
+    shut = {op: why for op in chosen.op or checks.NEEDS if (why := checks.shut(op, gates))}
+    for why in dict.fromkeys(shut.values()):
+        print(f"not timed, {', '.join(op for op in shut if shut[op] == why)}: {why}", flush=True)
+    kept_back = 60 if chosen.profile else 0
+    state = cells.State(chosen.device, str(folder), facts, chosen.op, shut, deadline - kept_back, chosen.tune)
+    cells.measure_all(state, out / "state.json")
+    (out / "state.json").unlink(missing_ok=True)
+    print(f"\n{targets.report(table.read_all(folder))}", flush=True)
     if chosen.tune:
         os.environ.update(checks.environment(chosen.device))  # before the kernels are imported
         from .tune import tune
 
         tune(chosen.device, out, deadline)
-        return 0
-    left = start + TESTS_SHARE * 60 * chosen.minutes - time.time()
-    gates = checks.run_tests(chosen.device, out, facts["commit"], left, chosen.tests)
-    shut = {op: why for op in chosen.op or checks.NEEDS if (why := checks.shut(op, gates))}
-    for why in dict.fromkeys(shut.values()):
-        print(f"not timed, {', '.join(op for op in shut if shut[op] == why)}: {why}", flush=True)
-    state = cells.State(chosen.device, str(folder), facts, chosen.op, shut, deadline - (60 if chosen.profile else 0))
-    cells.measure_all(state, out / "state.json")
-    (out / "state.json").unlink(missing_ok=True)
-    print(f"\n{targets.report(table.read_all(folder))}", flush=True)
     if chosen.profile:
         from .profile import profiled
 
         first = first_of_each_op(plan(chosen.device, tuple(chosen.op)))
         text = profiled([cell for cell in first if cell.op not in (*shut, "first_call")], chosen.device)
-        with (out / "log.txt").open("a") as log:
-            log.write(text + "\n")
+        with log.open("a") as file:
+            file.write(text + "\n")
         print(f"\n{text}", flush=True)
     print(f"{time.time() - start:.0f} s; rows in {folder}/", flush=True)
     return 1 if shut else 0

@@ -21,7 +21,7 @@ from sae_kernels.bench.runner import Cells, chosen_providers
 from sae_kernels.bench.worker import Team
 
 from .checks import ROOT, environment
-from .plan import Cell, plan
+from .plan import COMPILED, Cell, plan
 
 LOST_DEVICE = 75  # exit code: the GPU is gone for that process
 LEAST_SECONDS = 15.0  # no cell is begun with less than this left
@@ -38,9 +38,13 @@ class State:
     ops: list[str]
     shut: dict[str, str]
     deadline: float
+    headline: bool = False
     ceilings: dict[str, list[float]] = field(default_factory=dict)
     broken: dict[str, dict[str, str]] = field(default_factory=dict)
     current: int | None = None
+
+    def plan(self) -> list[Cell]:
+        return plan(self.device, tuple(self.ops), self.headline)
 
     def save(self, path: Path) -> None:
         path.write_text(json.dumps(vars(self)))
@@ -70,7 +74,7 @@ def measure_all(state: State, path: Path) -> None:
             if state.current is None:
                 print(f"the measuring process ended with code {code} before its first comparison", flush=True)
                 return
-            cell = plan(state.device, tuple(state.ops))[state.current]
+            cell = state.plan()[state.current]
             table.write([_row(state, cell, f"crashed: the process ended with code {code}")], Path(state.folder))
 
 
@@ -127,7 +131,7 @@ def serve(path: Path) -> int:
     """Measures what is left of the plan; 0, or LOST_DEVICE where a new process has to go on."""
     state = State.load(path)
     folder = Path(state.folder)
-    cells = plan(state.device, tuple(state.ops))
+    cells = state.plan()
     limits = _ceilings(state, cells)
     everyone = _providers(state.device)
     with Team() as team:
@@ -135,7 +139,8 @@ def serve(path: Path) -> int:
         run = Cells(everyone, state.device, limits, state.facts, 1.0, rounds, True, True, None, team)
         for number, cell in enumerate(cells):
             left = state.deadline - time.time()
-            if cell.key in done(table.read_all(folder), state.facts["commit"]):
+            rows = [row for row in table.read_all(folder) if not cell.compiled or row.provider == COMPILED]
+            if cell.key in done(rows, state.facts["commit"]):
                 continue
             if cell.op in state.shut:
                 if not any(row.cell == cell.key for row in table.read_all(folder)):  # nothing measured is thrown away
@@ -147,9 +152,9 @@ def serve(path: Path) -> int:
             state.current = number
             state.save(path)
             broken = state.broken.get(str(number), {})
-            run.providers = [p for p in everyone if p.key not in broken]
+            run.providers = [p for p in everyone if p.key not in broken and (cell.compiled or p.key != COMPILED)]
             run.budget = 0.0 if state.device == "cpu" else min(4.0, max(0.3, 0.3 * left / (len(cells) - number)))
-            rows = run(*cell)
+            rows = run(cell.op, cell.mode, cell.case)
             lost = _lost(rows, run.providers)
             if lost:
                 state.broken.setdefault(str(number), {})[lost[0]] = lost[1]

@@ -4,10 +4,13 @@ import importlib.util
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
-import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
+
+import torch
 
 ROOT = Path(__file__).parents[2]
 TESTS = ROOT / "tests"
@@ -17,6 +20,8 @@ NEEDS = {
     "sparse_decode": ("sparse_decode",),
     "module": ("topk_encode", "sparse_decode", "sae_loss", "module"),
     "activation_stats": ("activation_stats",),
+    "threshold_encode": ("threshold_encode",),
+    "batch_topk_encode": ("threshold_encode",),
     "serving": ("topk_encode",),
     "first_call": ("topk_encode",),
 }
@@ -41,28 +46,45 @@ def environment(device: str) -> dict[str, str]:
     return {} if device != "cpu" else {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
-def build(log: Path) -> str:
-    """Builds the native libraries in place; "ok", or why not. The Triton kernels need none."""
+def build(log: Path, device: str) -> str:
+    """Builds the library that the device needs in place, for that GPU alone; "ok", or why not. Triton needs none."""
     command = [sys.executable, "setup.py", "build_ext", "--inplace"]
-    return _run(command, log, BUILD_SECONDS, {})[0]
+    if device == "cpu":
+        return _run([*command, "--only=cpu"], log, BUILD_SECONDS, {})[0]
+    code = "{}{}".format(*torch.cuda.get_device_capability(device))
+    code += "a" if code == "90" else ""
+    status, output = _run([*command, "--only=cuda", f"--cuda-codes={code}"], log, BUILD_SECONDS, {})
+    unbuilt = re.search(r"_C_cuda is (not built.*)", output)
+    if unbuilt:
+        return unbuilt[1]
+    return status if status == "ok" else f"{status}: {output.strip().splitlines()[-1] if output.strip() else ''}"
 
 
 def run_tests(device: str, out: Path, commit: str, seconds: float, tests: Path) -> dict[str, str]:
     """Gate -> "ok: ..." or why it stays shut. Gates that were open for this commit in out/tests.json are not run again.
 
-    A process per gate, so that an illegal access in one does not fail the others. seconds: for all of them together.
+    All gates at once, as compiling is most of their time; a process for each, so that an illegal access in one does
+    not fail the others. seconds: until the last one is stopped.
     """
     kept = out / "tests.json"
     known = json.loads(kept.read_text()) if kept.is_file() else {}
     results = known["gates"] if known.get("commit") == commit and known.get("device") == device else {}
-    end = time.monotonic() + seconds
-    for name, files in gates(tests).items():
+    found = gates(tests)
+    for name in found:
         if results.get(name, "").startswith("ok"):
             print(f"tests of {name}: {results[name]} (before)", flush=True)
-            continue
-        results[name] = _pytest(files, out / "log.txt", end - time.monotonic(), device)
-        print(f"tests of {name}: {results[name]}", flush=True)
-        kept.write_text(json.dumps({"commit": commit, "device": device, "gates": results}, indent=1) + "\n")
+    waiting = {name: files for name, files in found.items() if not results.get(name, "").startswith("ok")}
+    workers = max(1, (os.cpu_count() or 1) // max(1, len(waiting)))
+    with ThreadPoolExecutor(max(1, len(waiting))) as pool:
+        running = {
+            pool.submit(_pytest, files, out / "log.txt", seconds, device, workers): name
+            for name, files in waiting.items()
+        }
+        for done in as_completed(running):
+            name = running[done]
+            results[name] = done.result()
+            print(f"tests of {name}: {results[name]}", flush=True)
+            kept.write_text(json.dumps({"commit": commit, "device": device, "gates": results}, indent=1) + "\n")
     return results
 
 
@@ -75,15 +97,15 @@ def shut(op: str, results: dict[str, str]) -> str | None:
     return None
 
 
-def _pytest(files: list[Path], log: Path, seconds: float, device: str) -> str:
+def _pytest(files: list[Path], log: Path, seconds: float, device: str, workers: int) -> str:
     if importlib.util.find_spec("pytest") is None:
         return "not run: pytest is not installed; carry it as a wheel"
     if seconds < 2:
         return "not run: no time is left"
     # conftest.py ends the session where the CPU library is missing, on which nothing here depends
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--noconftest", *map(str, files)]
-    if importlib.util.find_spec("xdist") is not None:  # compiling is most of the time and takes one core per test
-        command += ["-n", str(max(1, min(8, (os.cpu_count() or 2) // 2)))]
+    if workers > 1 and importlib.util.find_spec("xdist") is not None:
+        command += ["-n", str(workers)]
     status, output = _run(command, log, seconds, environment(device))
     counts = next((line for line in reversed(output.splitlines()) if re.search(r"\d+ (passed|failed|error)", line)), "")
     if status == "ok" and " passed" in f" {counts}":
@@ -94,13 +116,13 @@ def _pytest(files: list[Path], log: Path, seconds: float, device: str) -> str:
 
 def _run(command: list[str], log: Path, seconds: float, extra: dict[str, str]) -> tuple[str, str]:
     """ "ok" or what went wrong, and what was printed, which is also appended to the log."""
-    options = {"cwd": ROOT, "env": {**os.environ, **extra}, "text": True}
+    options = {"cwd": ROOT, "env": {**os.environ, **extra}, "text": True, "start_new_session": True}
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **options) as process:
         try:
             output = process.communicate(timeout=seconds)[0]
             status = "ok" if process.returncode == 0 else f"ended with code {process.returncode}"
         except subprocess.TimeoutExpired:
-            process.kill()
+            os.killpg(process.pid, signal.SIGKILL)  # the workers of pytest-xdist too: they hold the pipe open
             output = process.communicate()[0]
             status = f"did not end within {seconds:.0f} s"
     with log.open("a") as file:

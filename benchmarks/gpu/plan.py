@@ -4,32 +4,46 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from sae_kernels.bench.cases import Case
+from sae_kernels.bench.providers import COMPILED as CAN_COMPILE
 
 EVERY = ("topk_encode", "sparse_decode", "module", "activation_stats")
+SHORT = (*EVERY, "threshold_encode", "batch_topk_encode")
 ORDER = (
     ("topk_encode", "forward"),
     ("sparse_decode", "forward"),
     ("module", "step"),
     ("activation_stats", "forward"),
+    ("first_call", "forward"),
     ("topk_encode", "backward"),
     ("sparse_decode", "backward"),
+    ("threshold_encode", "forward"),
+    ("batch_topk_encode", "forward"),
     ("module", "forward"),
     ("serving", "forward"),
-    ("first_call", "forward"),
 )
+COMPILED = "torch_compile"  # takes most of a minute to build one call: everything else comes first
 HEADLINE = (
-    Case("sequential", 1048576, 64, 4096, 32, "bfloat16", EVERY, quick=True),
-    Case("collaborative", 1048576, 256, 16384, 32, "bfloat16", EVERY, quick=True),
+    Case("sequential", 1048576, 64, 4096, 32, "bfloat16", SHORT, quick=True),
+    Case("collaborative", 1048576, 256, 16384, 32, "bfloat16", SHORT, quick=True),
     Case("embeddings", 131072, 1536, 24576, 64, "bfloat16", EVERY, quick=True),
     Case("language", 32768, 4096, 131072, 64, "bfloat16", EVERY, quick=True),
 )
+SMALL = (
+    Case("cold", 64, 256, 16384, 32, "bfloat16", ("first_call",)),
+    *(Case(f"serve-{rows}", rows, 256, 16384, 32, "bfloat16", ("serving",)) for rows in (1, 64, 1024)),
+)
 TINY = Case("tiny", 4, 8, 40, 3, "float32", (*EVERY, "serving"), quick=True)
+
+TUNED = ("fused", "select", "slab", "decode", "sums", "dot")  # kinds of plans that are swept
 
 
 class Cell(NamedTuple):
+    """One comparison; compiled: of everybody once more, torch.compile among them."""
+
     op: str
     mode: str
     case: Case
+    compiled: bool = False
 
     @property
     def key(self) -> tuple:
@@ -40,8 +54,6 @@ class Cell(NamedTuple):
 def _others() -> list[Case]:
     three = EVERY[:3]
     return [
-        *(Case(f"serve-{rows}", rows, 256, 16384, 32, "bfloat16", ("serving",)) for rows in (1, 64, 1024)),
-        Case("cold", 64, 256, 16384, 32, "bfloat16", ("first_call",)),
         Case("collaborative-fp32", 65536, 256, 8192, 32, "float32", three),
         Case("sequential-short", 8192, 64, 4096, 32, "bfloat16", three),
         Case("collaborative-narrow", 65536, 256, 2048, 8, "bfloat16", three),
@@ -52,16 +64,19 @@ def _others() -> list[Case]:
     ]
 
 
-def plan(device: str, ops: tuple[str, ...] = ()) -> list[Cell]:
-    """The cells for a GPU; for device "cpu" those of one tiny case, a rehearsal. ops: these alone."""
-    groups = [[TINY]] if device == "cpu" else [list(HEADLINE), _others()]
-    return [
+def plan(device: str, ops: tuple[str, ...] = (), headline: bool = False) -> list[Cell]:
+    """The cells for a GPU; for device "cpu" those of one tiny case, a rehearsal. ops, headline: these alone."""
+    groups = [[TINY]] if device == "cpu" else [[*HEADLINE, *SMALL]] if headline else [[*HEADLINE, *SMALL], _others()]
+    cells = [
         Cell(op, mode, case)
         for cases in groups
         for op, mode in ORDER
         for case in cases
         if op in case.ops and (not ops or op in ops)
     ]
+    if device == "cpu" or headline:
+        return cells
+    return cells + [cell._replace(compiled=True) for cell in cells if cell.case in HEADLINE and cell[:2] in CAN_COMPILE]
 
 
 def first_of_each_op(cells: list[Cell]) -> list[Cell]:

@@ -18,7 +18,7 @@ def profiled(cells: list[Cell], device: str) -> str:
 
 
 def _table(cell: Cell, device: str) -> str:
-    op, mode, case = cell
+    op, mode, case, _ = cell
     head = f"{op} {mode}, {case.rows} x {case.d_in} x {case.d_sae}, k {case.k}, {case.dtype}"
     prepared = prepare(PROVIDERS["sae_kernels"], op, mode, case, device, gate=False)
     if prepared.run is None:

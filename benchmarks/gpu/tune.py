@@ -1,9 +1,14 @@
-"""Sweeps the fields of every plan in kernels/tuning.py, one at a time, and keeps what is faster and right."""
+"""Sweeps the fields of every plan in kernels/tuning.py, one at a time, and keeps what is faster and right.
 
+`python -m benchmarks.gpu.tune DEVICE CASE KIND` only compiles one sweep's candidates, each beside the plan as it is.
+"""
+
+import contextlib
 import json
+import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +33,8 @@ FIELDS: dict[str, dict[str, tuple]] = {
     "sums": {"ENTRIES": (4, 8, 16, 32), "BLOCK_D": (32, 64, 128, 256), "warps": (1, 2, 4, 8)},
     "dot": {"BLOCK_K": (4, 8, 16), "BLOCK_D": (64, 128, 256), "warps": (1, 2, 4, 8)},
 }  # fmt: skip
-ROWS = 131072
+DENSE = (8, 16, 32, 64, 128, 256, 512)  # latents per entry of a row
+ROWS, WARM_ROWS = 131072, 64
 WORTH = 0.97  # of the best time so far; less is noise
 ROUNDS = 7
 TOLERANCE = 0.02  # of the largest entry: other tiles sum in another order
@@ -66,20 +72,38 @@ def subjects(case: Case, device: str) -> Iterator[Subject]:
     yield Subject("dot", near, dots, lambda: tuning.dot_plan(k, d, size))
 
 
+def _cases(device: str, rows: int) -> list[Case]:
+    return [TINY] if device == "cpu" else [smaller(case, rows) for case in HEADLINE]
+
+
+def compile_candidates(device: str, number: str, kind: str) -> None:
+    """Fills Triton's cache; what does not build is told by the sweep."""
+    for subject in subjects(_cases(device, WARM_ROWS)[int(number)], device):
+        for field, candidates in FIELDS[kind].items() if subject.kind == kind else ():
+            for candidate in candidates:
+                with tuning.trying(kind, **{field: candidate}), contextlib.suppress(Exception):
+                    subject.run()
+
+
 def tune(device: str, out: Path, deadline: float) -> None:
     """Writes out/tuning.json after every subject: the table that ships, with this device's part brought up to date."""
     name = measure.device_name(device)
     table = json.loads(json.dumps(tuning.table()))
     mine = table.setdefault(name, {})
     path_times: dict[str, dict[int, bool]] = {}
-    for case in (TINY,) if device == "cpu" else (smaller(case, ROWS) for case in HEADLINE):
+    swept: set[tuple[str, str]] = set()
+    for case in _cases(device, ROWS):
         seen: dict[str, float] = {}
         for subject in subjects(case, device):
             if time.time() > deadline:
                 print("the time is up; what was found stands in the table", flush=True)
                 return
-            best, seconds = _sweep(subject, device, deadline)
+            new = (subject.kind, subject.where) not in swept
+            best, seconds = _sweep(subject, device, deadline, FIELDS[subject.kind] if new else {})
+            swept.add((subject.kind, subject.where))
             seen[subject.kind] = seconds
+            if subject.kind == "decode" and case.dtype != "float32":
+                best["dense_below"] = dense_below(case, device)
             if best:
                 mine.setdefault(subject.kind, {}).setdefault(subject.where, {}).update(best)
             if subject.kind == "slab" and "fused" in seen:
@@ -91,13 +115,32 @@ def tune(device: str, out: Path, deadline: float) -> None:
         measure.release(device)
 
 
-def _sweep(subject: Subject, device: str, deadline: float) -> tuple[dict[str, Any], float]:
+def dense_below(case: Case, device: str) -> int:
+    """Up to how many latents per entry of a row a product over all of them decodes such rows faster; 0: never."""
+    most = 0
+    for ratio in DENSE:
+        w = Workload(replace(case, d_sae=ratio * case.k), device)
+        decode = lambda w=w: sparse_decode.sparse_decode(w.values, w.indices, w.W_dec, None)  # noqa: E731
+        times = []
+        for limit in (0, ratio):
+            with tuning.trying("decode", dense_below=limit):
+                times.append(_seconds(decode, device))
+        print(f"  decode, {ratio} latents per entry: gathered {1e3 * times[0]:.4g} ms, whole {1e3 * times[1]:.4g} ms")
+        if times[1] >= times[0]:
+            break
+        most = ratio
+    return most
+
+
+def _sweep(
+    subject: Subject, device: str, deadline: float, fields: dict[str, tuple]
+) -> tuple[dict[str, Any], float]:
     """The fields that beat the plan as it is, and the seconds they take."""
     found: dict[str, Any] = {}
     expected = subject.run()
     best = _seconds(subject.run, device)
     print(f"{subject.kind} {subject.where}: {1e3 * best:.4g} ms with {subject.plan()}", flush=True)
-    for field, candidates in FIELDS[subject.kind].items():
+    for field, candidates in fields.items():
         for candidate in candidates:
             if time.time() > deadline or candidate == {**vars(subject.plan()), **found}[field]:
                 continue
@@ -127,3 +170,7 @@ def _seconds(run: Callable[[], Any], device: str) -> float:
     run()
     samples = [measure.seconds(run, 1, device) for _ in range(ROUNDS if device != "cpu" else 1)]
     return measure.percentile(samples, 0.5)
+
+
+if __name__ == "__main__":
+    compile_candidates(*sys.argv[1:])
