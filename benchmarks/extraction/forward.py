@@ -70,7 +70,8 @@ def ml1m(shared: Path, folder: Path, rounds: int) -> None:
         work()
     whole, encode, ours = in_turn(works, rounds)
     for name, which in (("wall", 0), ("CPU", 1)):
-        at_most(f"ml1m: extraction / forward, {name} time", *_arguments(ratio(ours, whole, which), 1.10))
+        median, spread = ratio(ours, whole, which)
+        at_most(f"ml1m: extraction / forward, {name} time", median, 1.10, spread)
         median, spread = ratio(ours, encode, which)
         say(f"  over the pass as far as the module, {name} time", f"{median:.3f} {spread}")
     files(folder / "s", "ml1m")
@@ -97,9 +98,12 @@ def log(positions: float, folder: Path) -> None:
         bare = before[i] + after[i]
         note = f"({ours['seconds'][i]:.0f} s over {bare:.0f} s)"
         at_most(f"log: extraction / forward, {name} time", ours["seconds"][i] / bare, 1.10, note)
-    say(f"log: peak memory of {ours['rows']:,} rows", f"{ours['peak']:,.0f} MB")
     files(folder / "s", "log")
-    shutil.rmtree(folder / "s")
+    tenth = alone(users // 10, folder / "tenth")
+    note = f"({ours['peak']:,.0f} MB, {tenth['peak']:,.0f} MB for {tenth['rows']:,})"
+    at_most(f"log: peak memory of {ours['rows']:,} rows / of a tenth", ours["peak"] / tenth["peak"], 1.05, note)
+    for name in ("s", "tenth"):
+        shutil.rmtree(folder / name)
 
 
 def memory(largest: int, folder: Path) -> None:
@@ -127,10 +131,6 @@ def main(users: int, store: str, threads: int, options: dict) -> None:
         extraction(model, synthetic(512), Path(place) / "s")
     seconds = timed(lambda: extraction(model, inputs, Path(store), **options))
     print(json.dumps({"rows": ActivationStore.open(store).rows, "peak": peak_mb(), "seconds": seconds}))
-
-
-def _arguments(found: tuple[float, str], bound: float) -> tuple[float, float, str]:
-    return found[0], bound, found[1]
 
 
 if __name__ == "__main__":
