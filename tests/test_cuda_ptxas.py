@@ -13,17 +13,20 @@ PER_SM = 65536  # registers
 
 def threads(kernel: str) -> int:
     """Of a block."""
-    if kernel.startswith("select_rows"):
+    if kernel.startswith("select_"):
         team, rows = kernel.split("SelectPlan<")[1].split(", ")[:2]
         return int(team) * int(rows)
-    return 256 if kernel.startswith("write_") else 128
+    if kernel.startswith("add_entries"):
+        return 1024
+    return 256 if kernel.startswith(("write_", "carry_", "count_", "mark_", "merge_")) else 128
 
 
 def test_no_kernel_spills_or_outgrows_a_chip():
     for row in cuda_ptxas.read():
         assert row["stack"] == row["spills"] == "0", row
         assert 0 < int(row["registers"]) <= 255 and int(row["shared"]) <= SHARED_BYTES, row
-        assert 2 * threads(row["kernel"]) * int(row["registers"]) <= PER_SM, row  # two blocks at least run side by side
+        blocks = 1 if row["kernel"].startswith("add_entries") else 2  # whose table fills shared memory by itself
+        assert blocks * threads(row["kernel"]) * int(row["registers"]) <= PER_SM, row
 
 
 def test_the_table_holds_every_kernel():
@@ -39,7 +42,9 @@ def test_the_table_holds_every_kernel():
     }
 
 
-KERNELS = {"select_rows", "write_keys", "write_codes", "decode_rows", "dot_rows", "sum_runs", "join_runs"}
+KERNELS = {"select_rows", "select_limited_rows", "write_keys", "write_codes"}
+KERNELS |= {"decode_rows", "dot_rows", "sum_runs", "join_runs"}
+KERNELS |= {"add_entries", "carry_limbs", "count_bins", "count_pairs", "mark_candidates", "merge_candidates"}
 SAMPLE = """
 #include "cuda/latent_sums.cuh"
 #include "cuda/topk_select.cuh"

@@ -54,16 +54,22 @@ FAULTS = {
         "if (true) continue;",
         "global-buffer-overflow",
     ),
+    "no __syncthreads before the table is read": (
+        "thread",
+        "  __syncthreads();\n  for (int slot",
+        "  for (int slot",
+        "data race",
+    ),
 }
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_fault_put_into_the_selection_is_found(tmp_path, fault):
+def test_a_fault_put_into_a_kernel_is_found(tmp_path, fault):
     sanitizer, right, wrong, message = FAULTS[fault]
     csrc = shutil.copytree(cuda_library.ROOT / "csrc", tmp_path / "csrc")
-    kernel = csrc / "cuda" / "topk_select.cuh"
-    text = kernel.read_text()
-    assert text.count(right) == 1
-    kernel.write_text(text.replace(right, wrong))
+    texts = {kernel: kernel.read_text() for kernel in (csrc / "cuda").glob("*.cuh")}
+    assert sum(text.count(right) for text in texts.values()) == 1
+    for kernel, text in texts.items():
+        kernel.write_text(text.replace(right, wrong))
     done = run(sanitizer, csrc, tmp_path)
     assert done.returncode != 0 and message in done.stderr

@@ -41,12 +41,12 @@ def test_the_table_is_read_by_gpu_and_bucket(measured):
 def test_a_measured_threshold_changes_the_path(measured):
     import torch
 
-    from sae_kernels.kernels.topk_encode import _pick
+    from sae_kernels.kernels.topk_encode import pick
 
-    assert _pick(101, 16384, 32, False, torch.bfloat16) == "slab"
-    assert _pick(100, 16384, 32, False, torch.bfloat16) == "fused"
+    assert pick(101, 16384, 32, False, torch.bfloat16) == "slab"
+    assert pick(100, 16384, 32, False, torch.bfloat16) == "fused"
     measured[0] = "unknown"
-    assert _pick(101, 16384, 32, False, torch.bfloat16) == "fused"
+    assert pick(101, 16384, 32, False, torch.bfloat16) == "fused"
 
 
 def test_trying_a_configuration():
@@ -91,6 +91,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler.compiler import make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 from sae_kernels.kernels import topk_encode, sparse_decode, latent_sums, tuning
+from sae_kernels.ops import _stats_gpu
 from sae_kernels.ops.activation_stats import ActivationStats
 
 backend, found = make_backend(GPUTarget("cuda", 90, 32)), {}
@@ -114,7 +115,7 @@ def everything(rows, d_in, d_sae, k):
     sparse_decode.grad_values(x, indices, W)
     latent_sums.latent_sums(indices, values, x, d_sae, with_totals=True, W=W)
     stats = ActivationStats(d_sae, histogram=True, top=5, cooccurrence=True)
-    stats._run_triton(values, indices, None, None)
+    stats._run_on_gpu(_stats_gpu.KERNELS["triton"], values, indices, None, None)
 """
 COUNT = """
 for d_in, d_sae, k in ((16, 1024, 8), (17, 1031, 5)):

@@ -13,15 +13,35 @@
 
 namespace sae_kernels {
 
-// Runs `kernel`, which takes one struct, on the current stream of `where`'s device.
+inline void check(cudaError_t error, const char* what) {
+  STD_TORCH_CHECK(error == cudaSuccess, "sae_kernels: ", what, ": ", cudaGetErrorString(error));
+}
+
+struct Device { int processors, shared_bytes; };  // shared_bytes: the most that a block may ask for
+
+inline Device device_of(const Tensor& t) {
+  Device device{};
+  const int number = t.get_device_index();
+  const auto ask = [&](int* value, cudaDeviceAttr what) {
+    check(cudaDeviceGetAttribute(value, what, number), "the device does not answer");
+  };
+  ask(&device.processors, cudaDevAttrMultiProcessorCount);
+  ask(&device.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin);
+  return device;
+}
+
+// Runs `kernel`, which takes one struct, on the current stream of `where`'s device; shared_bytes: of dynamic_shared().
 template <class Args>
-void launch(void (*kernel)(Args), dim3 grid, int threads, Args args, const Tensor& where) {
+void launch(void (*kernel)(Args), dim3 grid, int threads, Args args, const Tensor& where, int64_t shared_bytes = 0) {
+  const int bytes = static_cast<int>(shared_bytes);
+  constexpr auto kMost = cudaFuncAttributeMaxDynamicSharedMemorySize;
+  if (bytes > 0) check(cudaFuncSetAttribute(kernel, kMost, bytes), "a CUDA kernel does not fit");
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(where.get_device_index(), &stream));
+  const bool found = aoti_torch_get_current_cuda_stream(where.get_device_index(), &stream) == AOTI_TORCH_SUCCESS;
+  STD_TORCH_CHECK(found, "sae_kernels: the tensors' device has no current stream");
   void* arguments[] = {&args};
   const auto on = static_cast<cudaStream_t>(stream);
-  const cudaError_t error = cudaLaunchKernel(kernel, grid, dim3(threads), arguments, 0, on);
-  STD_TORCH_CHECK(error == cudaSuccess, "sae_kernels: a CUDA kernel does not start: ", cudaGetErrorString(error));
+  check(cudaLaunchKernel(kernel, grid, dim3(threads), arguments, bytes, on), "a CUDA kernel does not start");
 }
 
 inline dim3 grid_of(int64_t x, int64_t y = 1) {

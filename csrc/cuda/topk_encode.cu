@@ -23,16 +23,20 @@ template <class F> void with_activation(int64_t activation, F&& f) {
 template <class P> void launch_select(const SelectArgs& args, int64_t activation, bool wide, const Tensor& slab) {
   with_activation(activation, [&]<int Act>() {
     const dim3 grid = grid_of(ceil_div(args.rows, P::kRows));
-    launch(wide ? select_rows<P, 4, Act> : select_rows<P, 1, Act>, grid, P::kThreads, args, slab);
+    const auto plain = wide ? select_rows<P, 4, Act> : select_rows<P, 1, Act>;
+    launch(args.threshold ? select_limited_rows<P, Act> : plain, grid, P::kThreads, args, slab);
   });
 }
 
 SelectArgs slab_args(const Tensor& slab, const std::optional<Tensor>& bias, const std::optional<Tensor>& mask,
-                     int64_t first) {
+                     const std::optional<Tensor>& threshold, const std::optional<Tensor>& passed, int64_t first) {
   SelectArgs args{};
   args.slab = data<float>(slab);
   args.bias = data_or_null<float>(bias);
   args.mask = data_or_null<uint8_t>(mask);
+  args.threshold = data_or_null<float>(threshold);
+  args.threshold_step = threshold && threshold->size(0) > 1 ? 1 : 0;
+  args.passed = data_or_null<int32_t>(passed);
   args.rows = slab.size(0);
   args.stride = slab.stride(0);
   args.columns = static_cast<int>(slab.size(1));
@@ -42,9 +46,10 @@ SelectArgs slab_args(const Tensor& slab, const std::optional<Tensor>& bias, cons
 
 }  // namespace
 
-void topk_select(Tensor slab, std::optional<Tensor> bias, std::optional<Tensor> mask, Tensor keys, Tensor values,
-                 Tensor indices, Tensor trims, int64_t first, bool filled, bool last, int64_t activation) {
-  SelectArgs args = slab_args(slab, bias, mask, first);
+void topk_select(Tensor slab, std::optional<Tensor> bias, std::optional<Tensor> mask, std::optional<Tensor> threshold,
+                 std::optional<Tensor> passed, Tensor keys, Tensor values, Tensor indices, Tensor trims, int64_t first,
+                 bool filled, bool last, int64_t activation) {
+  SelectArgs args = slab_args(slab, bias, mask, threshold, passed, first);
   args.keys = mutable_data<uint64_t>(keys);
   args.values = values.mutable_data_ptr();
   args.indices = mutable_data<int32_t>(indices);
@@ -62,12 +67,14 @@ void topk_select(Tensor slab, std::optional<Tensor> bias, std::optional<Tensor> 
   else launch_select<SelectTo1024>(args, activation, wide, slab);
 }
 
-void topk_write_keys(Tensor slab, std::optional<Tensor> bias, std::optional<Tensor> mask, Tensor keys,
-                     int64_t activation) {
-  SelectArgs args = slab_args(slab, bias, mask, 0);
+void topk_write_keys(Tensor slab, std::optional<Tensor> bias, std::optional<Tensor> mask,
+                     std::optional<Tensor> threshold, std::optional<Tensor> passed, Tensor keys, int64_t activation) {
+  SelectArgs args = slab_args(slab, bias, mask, threshold, passed, 0);
   args.keys = mutable_data<uint64_t>(keys);
   const dim3 grid = grid_of(ceil_div(args.columns, kElementThreads), std::min<int64_t>(args.rows, 65535));
-  with_activation(activation, [&]<int Act>() { launch(write_keys<Act>, grid, kElementThreads, args, slab); });
+  with_activation(activation, [&]<int Act>() {
+    launch(args.threshold ? write_keys<Act, true> : write_keys<Act, false>, grid, kElementThreads, args, slab);
+  });
 }
 
 void topk_write_codes(Tensor keys, Tensor values, Tensor indices, int64_t activation) {

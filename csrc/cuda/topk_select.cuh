@@ -17,12 +17,16 @@ struct SelectArgs {
   const float* slab;    // [rows, columns], `stride` elements from row to row: latents first, first + 1, ...
   const float* bias;    // of all latents, or null
   const uint8_t* mask;  // of all latents, or null: 0 does not compete
+  // Where Limited. A score at or below its threshold, or out of the mask, becomes the lowest there is:
+  // such latents fill up, the lowest first.
+  const float* threshold;  // of all latents, or with threshold_step 0 one for all
+  int32_t* passed;         // [rows] adds up how many are above their threshold
   uint64_t* keys;       // [rows, k] the best so far, descending; read where `filled`, written unless `last`
   void* values;         // [rows, k]
   int32_t* indices;     // [rows, k]
   int32_t* trims;       // counts the rows whose buffer was sorted early
   int64_t rows, stride;
-  int columns, first, k, filled, last;
+  int columns, first, k, filled, last, threshold_step;
   Out dtype;
 };
 
@@ -37,6 +41,8 @@ template <int Act> __device__ __forceinline__ uint32_t order_of(float pre) {
   const uint32_t bits = __float_as_uint(pre + 0.0f);  // -0 becomes 0
   return bits & kSign ? ~bits : bits | kSign;
 }
+// Of the lowest score.
+template <int Act> constexpr uint32_t kFloor = Act == kNone ? ~0xff800000u : kSign;
 __device__ __forceinline__ uint64_t key_of(uint32_t order, int latent, bool negative) {
   return uint64_t(order) << 32 | (0x7fffffffu - uint32_t(latent)) << 1 | uint32_t(negative);
 }
@@ -63,7 +69,7 @@ __device__ __forceinline__ void write_code(void* values, int32_t* indices, Out d
 }
 
 // V pre-activations from `column` on; order 0 beyond the last column. Where V > 1 it divides the columns.
-template <int V, int Act>
+template <int V, int Act, bool Limited>
 __device__ __forceinline__ void read_orders(const SelectArgs& a, const float* row, int column, float (&pre)[V],
                                             uint32_t (&order)[V]) {
   if (column >= a.columns) {
@@ -82,11 +88,25 @@ __device__ __forceinline__ void read_orders(const SelectArgs& a, const float* ro
   }
 #pragma unroll
   for (int i = 0; i < V; ++i) order[i] = order_of<Act>(pre[i]);
+  if constexpr (Limited) {
+#pragma unroll
+    for (int i = 0; i < V; ++i) {
+      const bool fails = (Act == kAbs ? fabsf(pre[i]) : pre[i]) <= a.threshold[int64_t(latent + i) * a.threshold_step];
+      order[i] = fails ? kFloor<Act> : order[i];
+    }
+  }
   if (a.mask) {
     const Pack<uint8_t, V> mask = load_pack<V>(a.mask + latent);
 #pragma unroll
-    for (int i = 0; i < V; ++i) order[i] = mask.at[i] ? order[i] : kMasked;
+    for (int i = 0; i < V; ++i) order[i] = mask.at[i] ? order[i] : Limited ? kFloor<Act> : kMasked;
   }
+}
+
+template <int V, int Act> __device__ __forceinline__ int above_floor(const uint32_t (&order)[V]) {
+  int count = 0;
+#pragma unroll
+  for (int i = 0; i < V; ++i) count += order[i] > kFloor<Act>;
+  return count;
 }
 
 // kTeam threads serve a row, kRows rows a block; kGroups maxima per thread; a buffer of kCapacity keys per row.
@@ -138,7 +158,7 @@ template <class P> __device__ void sort_descending(uint64_t* keys, int count, in
 
 // A bound that at least k orders of the row pass: one less than the k-th largest group maximum, its lowest byte left
 // out.
-template <class P, int V, int Act>
+template <class P, int V, int Act, bool Limited>
 __device__ uint32_t group_bound(const SelectArgs& a, const float* row, int lane, int* partial) {
   constexpr int kReads = P::kGroups > V ? P::kGroups / V : 1;
   uint32_t best[kReads * V] = {};
@@ -147,7 +167,7 @@ __device__ uint32_t group_bound(const SelectArgs& a, const float* row, int lane,
     for (int r = 0; r < kReads; ++r) {
       float pre[V];
       uint32_t order[V];
-      read_orders<V, Act>(a, row, start + (r * P::kTeam + lane) * V, pre, order);
+      read_orders<V, Act, Limited>(a, row, start + (r * P::kTeam + lane) * V, pre, order);
 #pragma unroll
       for (int i = 0; i < V; ++i) best[r * V + i] = max(best[r * V + i], order[i]);
     }
@@ -181,7 +201,7 @@ __device__ __forceinline__ void append(uint64_t* buffer, int* count, const uint3
   }
 }
 
-template <class P, int V, int Act> __global__ void __launch_bounds__(P::kThreads) select_rows(SelectArgs a) {
+template <class P, int V, int Act, bool Limited> __device__ void select_best(const SelectArgs& a) {
   __shared__ uint64_t buffers[P::kRows * P::kCapacity];
   __shared__ int counts[P::kRows];
   __shared__ int partial[P::kTeam / kWarp];
@@ -196,16 +216,18 @@ template <class P, int V, int Act> __global__ void __launch_bounds__(P::kThreads
     for (int j = lane; j < a.k; j += P::kTeam) buffer[j] = a.keys[number * a.k + j];
     bound = order_in(a.keys[number * a.k + a.k - 1]);
   } else {
-    bound = group_bound<P, V, Act>(a, row, lane, partial);
+    bound = group_bound<P, V, Act, Limited>(a, row, lane, partial);
   }
   if (lane == 0) *count = a.filled ? a.k : 0;
   team_sync<P>();
   bool trimmed = false;
+  int passed = 0;
   for (int start = 0; start < a.columns; start += P::kTeam * V) {
     const int column = start + lane * V;
     float pre[V];
     uint32_t order[V];
-    read_orders<V, Act>(a, row, column, pre, order);
+    read_orders<V, Act, Limited>(a, row, column, pre, order);
+    if constexpr (Limited) passed += above_floor<V, Act>(order);
     bool passes = false;
 #pragma unroll
     for (int i = 0; i < V; ++i) passes |= order[i] > bound;
@@ -222,6 +244,10 @@ template <class P, int V, int Act> __global__ void __launch_bounds__(P::kThreads
     trimmed = true;
   }
   sort_descending<P>(buffer, *count, a.k, lane);
+  if constexpr (Limited) {
+    passed = team_count<P>(passed, partial);
+    if (lane == 0) a.passed[number] += passed;
+  }
   for (int j = lane; j < a.k; j += P::kTeam) {
     const int64_t at = number * a.k + j;
     if (a.last) write_code(a.values, a.indices, a.dtype, at, buffer[j], Act == kAbs);
@@ -230,19 +256,28 @@ template <class P, int V, int Act> __global__ void __launch_bounds__(P::kThreads
   if (trimmed && lane == 0) atomicAdd(a.trims, 1);
 }
 
+template <class P, int V, int Act> __global__ void __launch_bounds__(P::kThreads) select_rows(SelectArgs a) {
+  select_best<P, V, Act, false>(a);
+}
+// With thresholds: a block per multiprocessor is enough, or the registers would not do.
+template <class P, int Act> __global__ void __launch_bounds__(P::kThreads, 1) select_limited_rows(SelectArgs a) {
+  select_best<P, 1, Act, true>(a);
+}
+
 // For a k beyond the buffers: the keys of whole rows, to be sorted elsewhere, and the way back. Signed 64-bit integers
 // sort the way the keys do once their highest bit is flipped.
 constexpr uint64_t kFlip = uint64_t(1) << 63;
 constexpr int kElementThreads = 256;
 
-template <int Act> __global__ void __launch_bounds__(kElementThreads) write_keys(SelectArgs a) {
+template <int Act, bool Limited> __global__ void __launch_bounds__(kElementThreads) write_keys(SelectArgs a) {
   const int column = blockIdx.x * kElementThreads + threadIdx.x;
   if (column >= a.columns) return;
   for (int64_t row = blockIdx.y; row < a.rows; row += gridDim.y) {
     float pre[1];
     uint32_t order[1];
-    read_orders<1, Act>(a, a.slab + row * a.stride, column, pre, order);
+    read_orders<1, Act, Limited>(a, a.slab + row * a.stride, column, pre, order);
     a.keys[row * a.columns + column] = key_of(order[0], a.first + column, pre[0] < 0) ^ kFlip;
+    if (Limited && above_floor<1, Act>(order)) atomicAdd(a.passed + row, 1);
   }
 }
 

@@ -11,10 +11,13 @@ _NONE = 1
 
 _lib = torch.library.Library("sae_kernels", "FRAGMENT")
 _lib.define(
-    "cuda_topk_select(Tensor slab, Tensor? bias, Tensor? mask, Tensor(a!) keys, Tensor(b!) values, Tensor(c!) indices,"
-    " Tensor(d!) trims, int first, bool filled, bool last, int activation) -> ()"
+    "cuda_topk_select(Tensor slab, Tensor? bias, Tensor? mask, Tensor? threshold, Tensor(e!)? passed, Tensor(a!) keys,"
+    " Tensor(b!) values, Tensor(c!) indices, Tensor(d!) trims, int first, bool filled, bool last, int activation) -> ()"
 )
-_lib.define("cuda_topk_write_keys(Tensor slab, Tensor? bias, Tensor? mask, Tensor(a!) keys, int activation) -> ()")
+_lib.define(
+    "cuda_topk_write_keys(Tensor slab, Tensor? bias, Tensor? mask, Tensor? threshold, Tensor(b!)? passed,"
+    " Tensor(a!) keys, int activation) -> ()"
+)
 _lib.define("cuda_topk_write_codes(Tensor keys, Tensor(a!) values, Tensor(b!) indices, int activation) -> ()")
 _ops = torch.ops.sae_kernels
 
@@ -29,36 +32,47 @@ def topk_encode(
     SlabPlan.nbytes of products and 8 k bytes per row of them.
     """
     values, indices = x.new_empty(x.shape[0], k), x.new_empty(x.shape[0], k, dtype=torch.int32)
-    if x.shape[0] == 0:
-        return values, indices
-    x, W = x.contiguous(), W.contiguous()
-    bias = None if b is None else b.float().contiguous()
-    bytes_mask = None if mask is None else mask.contiguous().view(torch.uint8)
-    if k > LARGEST_SELECT:
-        _by_sorting(x, W, bias, k, activation, bytes_mask, values, indices)
-    else:
-        trims = x.new_zeros(1, dtype=torch.int32) if trims is None else trims
-        _by_slabs(x, W, bias, k, activation, bytes_mask, values, indices, trims)
+    choose(x, W, b, k, activation, mask, values, indices, trims=trims)
     return values, indices
 
 
-def _by_slabs(x, W, bias, k, activation, mask, values, indices, trims) -> None:
+def choose(
+    x, W, b, k, activation, mask, values, indices,
+    threshold: Tensor | None = None, passed: Tensor | None = None, trims: Tensor | None = None,
+) -> None:  # fmt: skip
+    """Fills values and indices [N, k]. threshold [1] or [d_sae] float32, passed [N] int32 of zeros: as in SelectArgs of
+    topk_select.cuh.
+    """
+    if x.shape[0] == 0:
+        return
+    x, W = x.contiguous(), W.contiguous()
+    bias = None if b is None else b.float().contiguous()
+    bytes_mask = None if mask is None else mask.contiguous().view(torch.uint8)
+    screen = (bias, bytes_mask, None if threshold is None else threshold.contiguous())
+    if k > LARGEST_SELECT:
+        _by_sorting(x, W, screen, passed, k, activation, values, indices)
+    else:
+        trims = x.new_zeros(1, dtype=torch.int32) if trims is None else trims
+        _by_slabs(x, W, screen, passed, k, activation, values, indices, trims)
+
+
+def _by_slabs(x, W, screen, passed, k, activation, values, indices, trims) -> None:
     d_sae = W.shape[0]
     rows, columns = tuning.slab_shape(x.shape[0], d_sae, x.element_size())
     space = x.new_empty(rows * columns, dtype=torch.float32)
     keys = x.new_empty(rows if columns < d_sae else 0, k, dtype=torch.int64)
     for top in range(0, x.shape[0], rows):
-        part = x[top : top + rows]
-        out = values[top : top + rows], indices[top : top + rows]
+        here = slice(top, top + rows)
+        part, counts = x[here], None if passed is None else passed[here]
         for first in range(0, d_sae, columns):
             W_part = W[first : first + columns]
             slab = space[: part.shape[0] * W_part.shape[0]].view(part.shape[0], W_part.shape[0])
             product(part, W_part, slab)
-            last = first + columns >= d_sae
-            _ops.cuda_topk_select(slab, bias, mask, keys, *out, trims, first, first > 0, last, activation)
+            where = (counts, keys, values[here], indices[here], trims)
+            _ops.cuda_topk_select(slab, *screen, *where, first, first > 0, first + columns >= d_sae, activation)
 
 
-def _by_sorting(x, W, bias, k, activation, mask, values, indices) -> None:
+def _by_sorting(x, W, screen, passed, k, activation, values, indices) -> None:
     """Any k: torch.topk over the distinct keys of as many whole rows as the workspace holds."""
     d_sae = W.shape[0]
     nbytes = tuning.slab_plan(x.element_size()).nbytes
@@ -66,12 +80,13 @@ def _by_sorting(x, W, bias, k, activation, mask, values, indices) -> None:
     space = x.new_empty(rows, d_sae, dtype=torch.float32)
     keys = x.new_empty(rows, d_sae, dtype=torch.int64)
     for top in range(0, x.shape[0], rows):
-        part = x[top : top + rows]
+        here = slice(top, top + rows)
+        part, counts = x[here], None if passed is None else passed[here]
         n = part.shape[0]
         product(part, W, space[:n])
-        _ops.cuda_topk_write_keys(space[:n], bias, mask, keys[:n], activation)
+        _ops.cuda_topk_write_keys(space[:n], *screen, counts, keys[:n], activation)
         best = keys[:n].topk(k, dim=1).values
-        _ops.cuda_topk_write_codes(best, values[top : top + n], indices[top : top + n], activation)
+        _ops.cuda_topk_write_codes(best, values[here], indices[here], activation)
 
 
 def topk(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -90,5 +105,5 @@ def topk(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     if scores.shape[0] > 0:
         none = scores.new_empty(0, k, dtype=torch.int64)
         trims = scores.new_zeros(1, dtype=torch.int32)
-        _ops.cuda_topk_select(scores, None, None, none, values, indices, trims, 0, False, True, _NONE)
+        _ops.cuda_topk_select(scores, *[None] * 4, none, values, indices, trims, 0, False, True, _NONE)
     return values, indices

@@ -1,9 +1,11 @@
 """ActivationStats: what each latent did over a stream of sparse codes, the same bits however it was split."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from . import _checks, _stats_settings, _stats_triton, reference_stats
+from . import _checks, _stats_gpu, _stats_settings, reference_stats
 from ._backend import pick
 
 _lib = torch.library.Library("sae_kernels", "FRAGMENT")
@@ -101,8 +103,9 @@ class ActivationStats:
         self._check(values, indices, ids, mask)
         shape, k = values.shape[:-1], values.shape[-1]
         values, indices = values.reshape(shape.numel(), k), indices.reshape(shape.numel(), k)
-        if pick(values.device) == "triton":
-            self._run_triton(values, indices, ids, mask)
+        backend = pick(values.device)
+        if backend in _stats_gpu.KERNELS:
+            self._run_on_gpu(_stats_gpu.KERNELS[backend], values, indices, ids, mask)
             return
         if mask is not None:
             keep = mask.reshape(-1)
@@ -111,16 +114,14 @@ class ActivationStats:
         self._check_range(indices)
         if values.dtype in (torch.bfloat16, torch.float16):
             values = values.float()
-        state = () if pick(values.device) == "cpu" else (t for t in vars(self).values() if isinstance(t, Tensor))
+        state = () if backend == "cpu" else (t for t in vars(self).values() if isinstance(t, Tensor))
         with reference_stats.all_or_nothing(state):
-            self._run(values.contiguous(), indices.contiguous(), ids)
+            self._run(backend, values.contiguous(), indices.contiguous(), ids)
         self._rows, self._next_row = self.rows + values.shape[0], self.next_row + values.shape[0]
 
-    def _run(self, values: Tensor, indices: Tensor, ids: Tensor | None) -> None:
-        native = pick(values.device) == "cpu"
-
+    def _run(self, backend: str, values: Tensor, indices: Tensor, ids: Tensor | None) -> None:
         def kernel(name: str):
-            if native:
+            if backend == "cpu":
                 return getattr(torch.ops.sae_kernels, f"activation_stats_{name}")
             return getattr(reference_stats, name)
 
@@ -137,7 +138,9 @@ class ActivationStats:
         if self.cooccurrence is not None:
             kernel("cooccurrence")(values, indices, self._position, self.cooccurrence)
 
-    def _run_triton(self, values: Tensor, indices: Tensor, ids: Tensor | None, mask: Tensor | None) -> None:
+    def _run_on_gpu(
+        self, kernels: dict[str, Callable], values: Tensor, indices: Tensor, ids: Tensor | None, mask: Tensor | None
+    ) -> None:
         """Nothing here waits for the device, and no memory is asked for after the state has begun to change."""
         rows, numbers, seen = values.shape[0], None, None
         if mask is not None:
@@ -153,14 +156,14 @@ class ActivationStats:
                 ids = numbers
             if ids is None:
                 ids = torch.arange(self._next_row, self._next_row + rows, device=values.device)
-            _stats_triton.top(values, indices, ids.reshape(-1).long().contiguous(), self.top_values, self.top_ids)
+            kernels["top"](values, indices, ids.reshape(-1).long().contiguous(), self.top_values, self.top_ids)
         state = (self.counts, self._sums, self._max, self.last_fired, self.rejected, self._pending[1:])
-        _stats_triton.update(values, indices, *state, self._next_row, numbers)
+        kernels["update"](values, indices, *state, self._next_row, numbers)
         if self.histogram is not None:
             low, _, per_octave = self._bins
-            _stats_triton.histogram(values, indices, self.histogram, low, per_octave.bit_length() - 1)
+            kernels["histogram"](values, indices, self.histogram, low, per_octave.bit_length() - 1)
         if self.cooccurrence is not None:
-            _stats_triton.cooccurrence(values, indices, self._position, self.cooccurrence)
+            kernels["cooccurrence"](values, indices, self._position, self.cooccurrence)
         self._unread = True
         if seen is None:
             self._rows, self._next_row = self._rows + rows, self._next_row + rows

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import _autocast, _checks, reference
-from ._backend import pick, triton_or
+from ._backend import cuda_or, pick, triton_or
 from .topk_encode import ACTIVATIONS, check_encoder, encoder_grads
 
 _PLAIN_CELLS = 2**20
@@ -114,14 +114,26 @@ def _plain_forward(x, W_enc, b_enc, threshold, max_active, activation, latent_ma
 def _triton_forward(x, W_enc, b_enc, threshold, max_active, activation, latent_mask):
     from ..kernels import threshold_encode as kernel
 
-    if x.dtype == torch.float64:  # the kernels' keys hold 32 bits of score
-        return _plain_forward(x, W_enc, b_enc, threshold, max_active, activation, latent_mask)
+    return _narrow(kernel.threshold_encode, x, W_enc, b_enc, threshold, max_active, activation, latent_mask)
+
+
+def _cuda_forward(x, W_enc, b_enc, threshold, max_active, activation, latent_mask):
+    from ..cuda import threshold_encode as kernel
+
+    return _narrow(kernel.threshold_encode, x, W_enc, b_enc, threshold, max_active, activation, latent_mask)
+
+
+def _narrow(kernel, x, *args):
+    """A GPU's kernels hold 32 bits of score in their keys; float64 takes the reference."""
+    if x.dtype == torch.float64:
+        return _plain_forward(x, *args)
     with _autocast.switched_off(x.device):
-        return kernel.threshold_encode(x, W_enc, b_enc, threshold, max_active, activation, latent_mask)
+        return kernel(x, *args)
 
 
-_lib.impl("threshold_encode_triton", triton_or(_triton_forward, _plain_forward), "CompositeExplicitAutograd")
-_lib.impl("threshold_encode_cuda", _plain_forward, "CompositeExplicitAutograd")  # no CUDA C++ kernel yet
+_without_triton = cuda_or(_cuda_forward, _plain_forward)
+_lib.impl("threshold_encode_triton", triton_or(_triton_forward, _without_triton), "CompositeExplicitAutograd")
+_lib.impl("threshold_encode_cuda", _without_triton, "CompositeExplicitAutograd")
 
 
 class _ThresholdEncode(torch.autograd.Function):

@@ -59,6 +59,7 @@ struct Block {
 inline thread_local Block* block;
 inline thread_local Warp* warp;
 inline thread_local unsigned lane;
+inline unsigned char* dynamic_storage;
 inline thread_local unsigned turn;  // which of the two counters of votes is in use
 
 [[noreturn]] inline void fail(const char* what) {
@@ -85,13 +86,15 @@ template <class T, class F> auto collective(const char* name, unsigned mask, T v
   return result;
 }
 
-template <class A> void run(void (*kernel)(A), dim3 grid, dim3 threads, A args) {
+template <class A> void run(void (*kernel)(A), dim3 grid, dim3 threads, A args, size_t shared_bytes = 0) {
   if (threads.x % kLanes != 0 || threads.x > 1024 || threads.y != 1 || threads.z != 1) fail("an unfit block");
   blockDim = threads;
   gridDim = grid;
   for (unsigned y = 0; y < grid.y; ++y)
     for (unsigned x = 0; x < grid.x; ++x) {
       Block state(threads.x);
+      std::vector<unsigned char> storage(shared_bytes, 0xa5);
+      dynamic_storage = storage.data();
       std::vector<std::jthread> pool;
       for (unsigned t = 0; t < threads.x; ++t)
         pool.emplace_back([&, t] {
@@ -148,13 +151,39 @@ template <class T> T atomicAdd(T* at, T value) {
   return std::atomic_ref<T>(*at).fetch_add(value, std::memory_order_relaxed);
 }
 
+// Runs change(value) on *at until nobody comes between.
+template <class T, class F> T atomic_change(T* at, F&& change) {
+  std::atomic_ref<T> cell(*at);
+  T before = cell.load(std::memory_order_relaxed);
+  while (!cell.compare_exchange_weak(before, change(before), std::memory_order_relaxed)) {}
+  return before;
+}
+template <class T> T atomicMax(T* at, T value) {
+  return atomic_change(at, [&](T before) { return std::max(before, value); });
+}
+template <class T> T atomicMin(T* at, T value) {
+  return atomic_change(at, [&](T before) { return std::min(before, value); });
+}
+
 inline int __popc(unsigned x) { return std::popcount(x); }
 inline unsigned __float_as_uint(float x) { return std::bit_cast<unsigned>(x); }
 inline float __uint_as_float(unsigned x) { return std::bit_cast<float>(x); }
+inline long long __double_as_longlong(double x) { return std::bit_cast<long long>(x); }
+inline double __longlong_as_double(long long x) { return std::bit_cast<double>(x); }
 
 // Kernels take one argument, a struct.
 template <class A>
-cudaError_t cudaLaunchKernel(void (*kernel)(A), dim3 grid, dim3 threads, void** arguments, size_t, cudaStream_t) {
-  cuda_host::run(kernel, grid, threads, *static_cast<A*>(arguments[0]));
+cudaError_t cudaLaunchKernel(void (*kernel)(A), dim3 grid, dim3 threads, void** arguments, size_t shared_bytes,
+                             cudaStream_t) {
+  cuda_host::run(kernel, grid, threads, *static_cast<A*>(arguments[0]), shared_bytes);
   return cudaSuccess;
 }
+
+// A device so small that a table of statistics does not hold all latents of a test.
+enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount, cudaDevAttrMaxSharedMemoryPerBlockOptin };
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  *value = attribute == cudaDevAttrMultiProcessorCount ? 4 : 48 * 32;
+  return cudaSuccess;
+}
+template <class F> cudaError_t cudaFuncSetAttribute(F*, cudaFuncAttribute, int) { return cudaSuccess; }

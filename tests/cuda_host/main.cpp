@@ -7,6 +7,7 @@
 #include <random>
 
 namespace {  // of this file alone: AddressSanitizer then guards the arrays that stand for shared memory
+#include "cuda/activation_stats.cuh"
 #include "cuda/latent_sums.cuh"
 #include "cuda/topk_select.cuh"
 }  // namespace
@@ -25,8 +26,9 @@ template <class T> std::vector<T> numbers(size_t n, int low, int high) {
 template <class P, int V> void select(int rows, int columns, int k, int top) {
   std::vector<float> slab = numbers<float>(rows * columns, 0, top), bias(2 * columns), values(rows * k);
   std::vector<uint8_t> mask = numbers<uint8_t>(2 * columns, 0, 9);
+  std::vector<float> threshold = numbers<float>(2 * columns, 0, top);
   std::vector<uint64_t> keys(rows * k);
-  std::vector<int32_t> indices(rows * k), trims(1);
+  std::vector<int32_t> indices(rows * k), trims(1), passed(rows);
   SelectArgs args{};
   args.slab = slab.data(), args.bias = bias.data(), args.mask = mask.data(), args.keys = keys.data();
   args.values = values.data(), args.indices = indices.data(), args.trims = trims.data();
@@ -35,6 +37,8 @@ template <class P, int V> void select(int rows, int columns, int k, int top) {
   cuda_host::run(select_rows<P, V, kAbs>, grid, P::kThreads, args);
   args.first = columns, args.filled = args.last = 1;
   cuda_host::run(select_rows<P, V, kRelu>, grid, P::kThreads, args);
+  args.threshold = threshold.data(), args.threshold_step = 1, args.passed = passed.data();
+  cuda_host::run(select_limited_rows<P, kRelu>, grid, P::kThreads, args);
 }
 
 void sort_whole_rows() {
@@ -45,7 +49,7 @@ void sort_whole_rows() {
   SelectArgs args{};
   args.slab = slab.data(), args.keys = keys.data(), args.values = values.data(), args.indices = indices.data();
   args.rows = rows, args.stride = args.columns = columns, args.k = k;
-  cuda_host::run(write_keys<kNone>, dim3(2, 1), kElementThreads, args);
+  cuda_host::run(write_keys<kNone, false>, dim3(2, 1), kElementThreads, args);
   cuda_host::run(write_codes<kNone>, dim3(1), kElementThreads, args);
 }
 
@@ -81,6 +85,40 @@ template <int V> void sums(int64_t rows, int k, int64_t d_sae, int64_t d, int64_
   cuda_host::run(join_runs<float, int32_t, V>, grid, kDecodeThreads, args);
 }
 
+// Latents from -1 to d_sae in tables of 8, shares that do not end with a row; then the other kernels of the statistics.
+template <class T> void statistics(int64_t rows, int k, int64_t d_sae, int n) {
+  const int64_t entries = rows * k;
+  std::vector<T> values = numbers<T>(entries, -3, 3);
+  std::vector<int64_t> indices = numbers<int64_t>(entries, -1, d_sae), counts(d_sae), last(d_sae), rejected(d_sae);
+  std::vector<int64_t> sums(d_sae * 2 * kLimbs), foreign(1), order, starts(d_sae + 1), ids(rows), table(d_sae * d_sae);
+  std::vector<double> maximum(d_sae), top_values(d_sae * n);
+  std::vector<int64_t> top_ids(d_sae * n);
+  std::vector<int32_t> keys(entries);
+  StatsArgs<T, int64_t> args{};
+  args.values = values.data(), args.indices = indices.data(), args.counts = counts.data(), args.last = last.data();
+  args.rejected = rejected.data(), args.sums = sums.data(), args.maximum = maximum.data();
+  args.foreign = foreign.data(), args.entries = entries, args.share = entries / 2 - 1, args.d_sae = d_sae, args.k = k;
+  args.latents = 8;
+  const dim3 grid(ceil_div(entries, args.share), ceil_div(d_sae, 8));
+  cuda_host::run(add_entries<T, int64_t>, grid, 64, args, 8 * StatsTable<T>::kBytes);
+  cuda_host::run(carry_limbs<T, int64_t>, dim3(1), kStatsThreads, args);
+  for (int64_t f = 0; f < d_sae; ++f) {
+    starts[f] = order.size();
+    for (int64_t e = 0; e < entries; ++e)
+      if (indices[e] == f) order.push_back(e);
+  }
+  starts[d_sae] = order.size();
+  EntryArgs<T, int64_t> entry{};
+  entry.values = values.data(), entry.indices = indices.data(), entry.ids = ids.data(), entry.order = order.data();
+  entry.starts = starts.data(), entry.table = table.data(), entry.top_values = top_values.data();
+  entry.top_ids = top_ids.data(), entry.keys = keys.data(), entry.entries = entries, entry.d_sae = d_sae, entry.k = k;
+  entry.n = n, entry.columns = d_sae, entry.shift = 52;
+  cuda_host::run(count_bins<T, int64_t>, dim3(1), kStatsThreads, entry);
+  cuda_host::run(count_pairs<T, int64_t>, dim3(2), kStatsThreads, entry);
+  cuda_host::run(mark_candidates<T, int64_t>, dim3(1), kStatsThreads, entry);
+  cuda_host::run(merge_candidates<T, int64_t>, dim3(ceil_div(d_sae * kWarp, kStatsThreads)), kStatsThreads, entry);
+}
+
 int main() {
   // as SelectTo1024, SelectTo32 and SelectTo64, with fewer threads
   select<SelectPlan<64, 1, 4, 512>, 4>(1, 1100, 40, 0);
@@ -91,4 +129,6 @@ int main() {
   decode<1>(3, 6, 7, 35);
   sums<4>(10, 3, 5, 36, 4);
   sums<1>(5, 3, 4, 3, 2);
+  statistics<float>(30, 5, 19, 3);
+  statistics<double>(20, 5, 9, 35);
 }

@@ -1,12 +1,13 @@
-"""The Triton kernels of ActivationStats; plain torch in the place of each once Triton has failed to build one."""
+"""The kernels of ActivationStats on a GPU, in Triton and in CUDA C++, with what stands in for each that cannot run."""
 
 from collections.abc import Callable
+from importlib import import_module
 
 import torch
 from torch import Tensor
 
 from . import reference_stats
-from ._backend import triton_or
+from ._backend import cuda_or, triton_or
 
 
 def _known(values: Tensor, indices: Tensor, d_sae: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -34,17 +35,15 @@ def _plain_cooccurrence(values, indices, position, table) -> None:
     reference_stats.cooccurrence(*_known(values, indices, d_sae)[:2], position, table)
 
 
-def _kernel(name: str) -> Callable[..., None]:
+def _kernel(package: str, name: str) -> Callable[..., None]:
     def run(values: Tensor, *args) -> None:
-        from ..kernels import activation_stats
-
-        getattr(activation_stats, name)(values, *args)
+        getattr(import_module(f"..{package}.activation_stats", __package__), name)(values, *args)
 
     run.__name__ = f"activation_stats_{name}"
     return run
 
 
-def _top(values: Tensor, indices: Tensor, ids: Tensor, top_values: Tensor, top_ids: Tensor) -> None:
+def _triton_top(values: Tensor, indices: Tensor, ids: Tensor, top_values: Tensor, top_ids: Tensor) -> None:
     from ..kernels import activation_stats
 
     kept = top_values.shape[1]
@@ -52,7 +51,9 @@ def _top(values: Tensor, indices: Tensor, ids: Tensor, top_values: Tensor, top_i
     run(values, indices, ids, top_values, top_ids)
 
 
-update = triton_or(_kernel("update"), _plain_update)
-histogram = triton_or(_kernel("histogram"), _plain_histogram)
-top = triton_or(_top, _plain_top)
-cooccurrence = triton_or(_kernel("cooccurrence"), _plain_cooccurrence)
+_plain = {"update": _plain_update, "histogram": _plain_histogram, "top": _plain_top}
+_plain["cooccurrence"] = _plain_cooccurrence
+_cuda = {name: cuda_or(_kernel("cuda", name), plain) for name, plain in _plain.items()}
+_triton = {name: _triton_top if name == "top" else _kernel("kernels", name) for name in _plain}
+# backend -> kernel -> function
+KERNELS = {"cuda": _cuda, "triton": {name: triton_or(_triton[name], _cuda[name]) for name in _plain}}

@@ -1,0 +1,8 @@
+// In the place of csrc/cuda/dynamic_shared.cuh: the storage that cuda_host::run holds for the block.
+#pragma once
+
+namespace sae_kernels {
+
+inline unsigned char* dynamic_shared() { return cuda_host::dynamic_storage; }
+
+}  // namespace sae_kernels

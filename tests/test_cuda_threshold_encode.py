@@ -1,0 +1,81 @@
+"""threshold_encode and batch_topk_encode on the CUDA kernels against the oracle, on a GPU or, by tests/cuda_host, on
+the CPU.
+"""
+
+import cuda_library
+import pytest
+import torch
+from cuda_library import DEVICE
+from test_threshold_encode import assert_same, oracle
+from test_topk_encode import small_integers
+
+import sae_kernels as sk
+from sae_kernels import _native
+from sae_kernels.kernels import tuning
+from sae_kernels.ops.topk_encode import ACTIVATIONS
+
+
+@pytest.fixture(autouse=True)
+def on_cuda(monkeypatch):
+    cuda_library.load()
+    if DEVICE == "cpu":
+        monkeypatch.setattr(_native, "cuda_error", None)
+        monkeypatch.setattr(_native, "cuda_runs_on", "cpu")
+    with sk.backend("cuda"):
+        yield
+
+
+def run(x, W, b, threshold, max_active, activation="relu", mask=None):
+    x, W, b, mask = (None if t is None else t.to(DEVICE) for t in (x, W, b, mask))
+    threshold = threshold.to(DEVICE) if isinstance(threshold, torch.Tensor) else threshold
+    got = sk.threshold_encode(x, W, b, threshold, max_active=max_active, activation=activation, latent_mask=mask)
+    return [t.cpu() for t in got]
+
+
+@pytest.mark.parametrize(
+    ("activation", "dtype"),
+    [*((name, torch.float32) for name in ACTIVATIONS), ("relu", torch.bfloat16), ("abs", torch.float16)],
+)
+def test_exact_arithmetic_entry_for_entry(activation, dtype):
+    """Thresholds for all latents and for each, with and without a mask; teams of a warp and of a block; no slot left
+    and many.
+    """
+    x, W, b = small_integers(2, 9, 417, dtype)
+    g = torch.Generator().manual_seed(1)
+    mask, each = torch.rand(417, generator=g) < 0.4, torch.randint(-8, 25, (417,), generator=g).float()
+    for latent_mask, threshold, max_active in ((None, 6.0, 9), (mask, each, 40), (None, each, 400), (mask, 99.0, 3)):
+        got = run(x, W, b, threshold, max_active, activation, latent_mask)
+        assert got[0].dtype == dtype
+        assert_same(got, oracle(x, W, b, threshold, max_active, activation, latent_mask))
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_chunks_of_rows_and_latents_and_the_sort_of_whole_rows(monkeypatch, activation):
+    x, W, b = small_integers(2, 9, 1100, torch.float32)
+    mask = torch.arange(1100) % 7 > 0
+    assert_same(run(x, W, b, 3.0, 1030, activation, mask), oracle(x, W, b, 3.0, 1030, activation, mask))
+    monkeypatch.setattr(tuning, "slab_shape", lambda rows, d_sae, size: (min(rows, 4), min(d_sae, 100)))
+    x, W, b = small_integers(6, 9, 250, torch.float32)
+    each = torch.arange(250.0) % 13
+    for threshold, max_active in ((each, 20), (-torch.inf, 100)):
+        assert_same(run(x, W, b, threshold, max_active, activation), oracle(x, W, b, threshold, max_active, activation))
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_nan_and_inf(activation):
+    x, W, b = small_integers(2, 9, 152, torch.float32)
+    for fill in (torch.nan, torch.inf, -torch.inf):
+        bias = b.clone()
+        bias[::5] = fill
+        assert_same(run(x, W, bias, 3.0, 60, activation), oracle(x, W, bias, 3.0, 60, activation))
+
+
+def test_float64_empties_and_the_whole_batch():
+    x, W, b = small_integers(12, 10, 77, torch.float32)
+    assert run(x[:0], W, b, 1.0, 6)[0].shape == (0, 6)
+    assert_same(run(x.double(), W.double(), b.double(), 2.0, 6), oracle(x, W, b, 2.0, 6))
+    got = [t.cpu() for t in sk.batch_topk_encode(*(t.to(DEVICE) for t in (x, W, b)), 4)]
+    with sk.backend("reference"):
+        want = sk.batch_topk_encode(x, W, b, 4)
+    for one, other in zip(got, want, strict=True):
+        assert torch.equal(one, other)
