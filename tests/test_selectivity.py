@@ -89,3 +89,19 @@ def test_plots_hold_the_map(tmp_path):
     _plots.write_page(plots.pages(found), tmp_path / "map.html", "A <map>")
     page = (tmp_path / "map.html").read_text()
     assert "A &lt;map&gt;" in page and page.count("plotly-graph-div") >= 5
+
+
+def test_readings_figure_holds_the_table():
+    pytest.importorskip("plotly", reason="plotly, of the demo extra, is not installed")
+    names = [(reading, detector) for reading in ("activation", "lens") for detector in interpret.readings.DETECTORS]
+    table = [
+        {"reading": reading, "detector": detector, "auc": 0.6 + place / 50, "auc_held_out": 0.6,
+         "auc_spread": place / 99, "correlation": place / 9, "correlation_held_out": 0.1}
+        for place, (reading, detector) in enumerate(names)
+    ]  # fmt: skip
+    traces = plots.readings_figure(table).data
+    assert [trace.name for trace in traces[::2]] == list(interpret.readings.DETECTORS)
+    assert list(traces[2].y) == [table[1]["auc"], table[4]["auc"]] and list(traces[3].y) == [0.6, 0.6]
+    assert list(traces[2].error_y.array) == [1 / 99, 4 / 99] and traces[2].error_y.visible
+    assert not plots.readings_figure(table, "correlation").data[2].error_y.visible
+    assert len(plots.reading_pages(table)) == 2 and plots.reading_pages([]) == []

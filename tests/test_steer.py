@@ -110,6 +110,44 @@ def test_mix_near_gives_each_row_its_own_shares(weights):
     )
 
 
+def test_favourites_are_the_softmax_mean_of_the_items():
+    g = torch.Generator().manual_seed(0)
+    h, items = torch.randn(2, 3, 4, generator=g).double(), torch.randn(6, 4, generator=g).double()
+    got = steer.favourites(h, items, 1.5)
+    for row, mine in zip(h.reshape(-1, 4), got.reshape(-1, 4), strict=True):
+        scores = items @ row
+        weight = (1.5 * (scores - scores.mean()) / scores.std(correction=0)).exp()
+        torch.testing.assert_close(mine, weight @ items / weight.sum(), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(steer.favourites(h, items, 0), items.mean(0).expand_as(h))
+    torch.testing.assert_close(steer.favourites(h, items, 1e4), items[(h @ items.T).argmax(-1)])
+    # longer histories are not surer: the scale of h is no sharpness
+    torch.testing.assert_close(steer.favourites(9 * h, items), steer.favourites(h, items))
+    assert (steer.favourites(h, items[:0]) == 0).all()
+    assert torch.equal(steer.favourites(0 * h, items[:1]), 0 * h + items[0])
+    with pytest.raises(ValueError, match="sharpness must be finite and not negative, got -1"):
+        steer.favourites(h, items, -1)
+
+
+def test_mix_liked_is_mix_near_the_favourites():
+    g = torch.Generator().manual_seed(0)
+    sae = TopKSAE(5, D, 4, normalize="standardize", generator=g).double().eval()
+    code, items = sae.encode(torch.randn(7, 5, generator=g).double()), torch.randn(8, 5, generator=g).double()
+    z, worth, W = code.to_dense(), torch.tensor([2.0, 0.5, 1.0]).double(), sae.W_dec
+    with torch.no_grad():
+        got = steer.mix_liked(LATENTS, 0.4, sae, items, worth, sharpness=3.0)(code).to_dense()
+        near = (steer.favourites(sae.decode(code), items, 3.0) @ W[LATENTS].T).relu() * worth
+        for row in range(7):
+            share = near[row] / near[row].sum() if near[row].sum() > 0 else worth / worth.sum()
+            expected = onto(0.6 * z[row], lambda c, row=row, share=share: c + 0.4 * z[row].sum() * share)
+            torch.testing.assert_close(got[row], expected, rtol=1e-12, atol=1e-12)
+        assert not torch.allclose(got, steer.mix_liked(LATENTS, 0.4, sae, items, worth)(code).to_dense())
+        none = steer.mix_liked(LATENTS, 0.4, sae, items[:0], worth)(code).to_dense()
+        torch.testing.assert_close(none, steer.mix(LATENTS, 0.4, worth)(code).to_dense())
+    with pytest.raises(ValueError, match=r"items must be \[n, d_in = 5\], got \(8, 4\)"):
+        steer.mix_liked(LATENTS, 0.4, sae, items[:, 1:])
+
+
+
 @settings(max_examples=40, deadline=None)
 @given(
     st.floats(0, 1), st.integers(1, 8), st.lists(st.integers(0, D - 1), min_size=1, unique=True), st.integers(0, 999)

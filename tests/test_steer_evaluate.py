@@ -132,9 +132,13 @@ def test_methods_against_dense_scores(name):
     by_latent = steer.latent_lists(ranker, users, goals, latents, 5)
     weights = [[1.0], [0.25, 0.5], [3.0, 0.0, 1.0]]
     weighted = steer.latent_lists(ranker, users, goals, latents, 5, weights)
-    nearby = steer.latent_lists(ranker, users, goals, latents, 5, weights, near=True)
+    nearby = steer.latent_lists(ranker, users, goals, latents, 5, weights, near="user")
     by_probe = steer.probe_lists(ranker, users, goals, probes, 5)
     by_tag = steer.rerank_lists(ranker, users, goals, 5)
+    by_liking = near_liked = None
+    if name == "elsa":
+        by_liking = steer.liked_lists(ranker, users, goals, 5, sharpness=3.0)
+        near_liked = steer.latent_lists(ranker, users, goals, latents, 5, weights, near="liked")
     with torch.no_grad():
         for strength in (0.0, 0.4, 1.0):
             unit = torch.nn.functional.normalize(probes, dim=1)[goals.concept]
@@ -152,10 +156,25 @@ def test_methods_against_dense_scores(name):
                 assert torch.equal(weighted(strength)[rows], ranker.rank(users.select(rows), 5, edit)[0])
                 edit = steer.mix_near(latents[concept], strength, sae.W_dec, weights[concept])
                 assert torch.equal(nearby(strength)[rows], ranker.rank(users.select(rows), 5, edit)[0])
+                if name == "elsa":
+                    items = ranker.head.items[labels[:, concept]]
+                    edit = steer.mix_liked(latents[concept], strength, sae, items, weights[concept])
+                    assert torch.equal(near_liked(strength)[rows], ranker.rank(users.select(rows), 5, edit)[0])
+                    liked = torch.nn.functional.normalize(steer.favourites(users.x[rows], items, 3.0), dim=1)
+                    h = (1 - strength) * users.x[rows] + strength * users.x[rows].norm(dim=1, keepdim=True) * liked
+                    mine = dense_lists(head(h), histories.select(rows), 5)
+                    assert torch.equal(by_liking(strength)[rows], mine)
     with pytest.raises(ValueError, match="strength must be between 0 and 1, got 1.5"):
         by_tag(1.5)
     with pytest.raises(ValueError, match=r"probes must be \[3 concepts, 8\], got \(3, 7\)"):
         steer.probe_lists(ranker, users, goals, probes[:, :7])
+    with pytest.raises(ValueError, match="near must be None, 'user' or 'liked', got True"):
+        steer.latent_lists(ranker, users, goals, latents, near=True)
+    if name == "multvae":
+        with pytest.raises(ValueError, match="liked_lists: the head of MultVAE is not linear in the embedding"):
+            steer.liked_lists(ranker, users, goals)
+        with pytest.raises(ValueError, match="the head of MultVAE is not linear"):
+            steer.latent_lists(ranker, users, goals, latents, near="liked")
     with pytest.raises(ValueError, match="3 goals and 24 users"):
         steer.rerank_lists(ranker, users, replace(goals, concept=goals.concept[:3]))
 
@@ -258,6 +277,10 @@ def test_plots_hold_the_rows():
     assert list(bands[1].y) == [r.coverage for r in rows[:3]] and len(bands) == 4
     bare = [replace(row, errors={}, diversity=math.nan) for row in rows]
     assert len(plots.curve_figure(bare, "coverage").data) == 2
+    (_, note, _), (_, bands, _) = plots.pages(rows, bands="over runs")[:2]
+    held = ", ".join(dict.fromkeys(row.method for row in steer.pareto_front(rows)))
+    assert note.endswith(f"which are of: {held}.")
+    assert bands == "Bands: 95 %, over runs."
     assert len(plots.pages(rows)) == 10 and len(plots.pages(bare)) == 9
     with pytest.raises(ValueError, match="key must be one of ndcg"):
         plots.curve_figure(rows, "hits")

@@ -48,7 +48,7 @@ def run_studies(config: StudiesConfig) -> list[dict[str, Any]]:
     readings, gains = _readings(found), _gains(found)
     _write_summary(readings, gains, config.out / "summary.csv")
     base, _ = _mean_and_spread([one["base_ndcg"] for one in found])
-    pages = concept_plots.reading_pages(readings) + steer_plots.pages(_front(found), base)
+    pages = concept_plots.reading_pages(readings) + steer_plots.pages(_front(found), base, "spread over the runs")
     _plots.write_page(pages, config.out / "summary.html", f"{len(found)} runs: concepts and steering")
     print(describe(found))
     print(f"summary: {config.out / 'summary.html'}")

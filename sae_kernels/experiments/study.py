@@ -28,7 +28,6 @@ from ..interpret import plots as concept_plots
 from ..nn import TopKSAE
 from ..recommenders import SASRec
 from ..steer import STRENGTHS, SteeredRanker, Users
-from ..steer import plots as steer_plots
 from ..train import load_sae
 from . import stages
 from .demo import DemoConfig
@@ -92,7 +91,7 @@ class Study:
             "steering": table,
             "steering_users": self.steering.users,
             "base_ndcg": self.steering.base.ndcg,
-            "near": self.steering.near,
+            "chosen": self.steering.chosen,
         }
 
 
@@ -109,6 +108,8 @@ def run_study(config: StudyConfig) -> Study:
     *_, items, x = stages.coded_items(model, sae, parts)
     out.mkdir(parents=True, exist_ok=True)
     (out / "study.json").unlink(missing_ok=True)
+    untagged = int((~parts.data.concepts.labels.any(1)).sum())
+    print(f"{untagged:,} of {parts.data.n_items:,} items have no concept")
     found, readings = _interpret(model, sae, parts, told, (items, x), config)
     titles = parts.data.item_titles or [str(item) for item in parts.data.item_ids]
     _write_concepts(found, readings, titles, parts.data.name, out)
@@ -119,8 +120,7 @@ def run_study(config: StudyConfig) -> Study:
     print(steering.describe())
     _write(out / "steering.csv", steering.rows())
     _write(out / "gains.csv", steering.gains())
-    pages = steer_plots.pages(steering.table, steering.base.ndcg)
-    _plots.write_page(pages, out / "steering.html", f"{parts.data.name}: steering")
+    _plots.write_page(steering.pages(), out / "steering.html", f"{parts.data.name}: steering")
     if config.explained:
         _explanations(model, sae, parts, found, titles, config, out)
     study = Study(found, readings, steering)

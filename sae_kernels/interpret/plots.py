@@ -91,8 +91,8 @@ def readings_figure(table: list[dict], by: str = "auc") -> Any:
 
     A row may hold <by>_spread, a standard deviation over runs, for the bars.
     """
-    low = {"auc": 0.5, "correlation": 0.0}[by]
-    made = figure(320, barmode="group", yaxis_title=f"mean {by} of the best detector")
+    low, name = {"auc": (0.5, "AUC"), "correlation": (0.0, "correlation")}[by]
+    made = figure(320, barmode="group", yaxis_title=f"mean {name} of the best detector")
     made.update_yaxes(range=[low, None])
     for place, detector in enumerate(DETECTORS):
         rows = [row for row in table if row["detector"] == detector]
@@ -101,7 +101,7 @@ def readings_figure(table: list[dict], by: str = "auc") -> Any:
         made.add_bar(
             x=names, y=[row[by] for row in rows], name=detector, marker_color=(SAE, ACCENT, BASE)[place],
             offsetgroup=place, error_y={"array": errors, "visible": any(errors), "color": INK, "thickness": 1.2},
-            text=[f"{row[by]:.3f}" for row in rows], textposition="inside", insidetextanchor="start",
+            text=[f"{row[by]:.3f}" for row in rows], textposition="outside",
         )  # fmt: skip
         made.add_scatter(
             x=names, y=[row[f"{by}_held_out"] for row in rows], mode="markers", offsetgroup=place, showlegend=not place,

@@ -1,8 +1,22 @@
 from .calibrate import calibrated, concept_shares, dhondt
-from .edits import Edit, add, chain, clamp, direction, mix, mix_all, mix_near, scale, set_, suppress
+from .edits import (
+    Edit,
+    add,
+    chain,
+    clamp,
+    direction,
+    favourites,
+    mix,
+    mix_all,
+    mix_liked,
+    mix_near,
+    scale,
+    set_,
+    suppress,
+)
 from .evaluate import STRENGTHS, Lists, SteeringRow, at_loss, attached, compare_steering, pareto_front, steering_table
 from .goals import Goals, one_goal, over_represented
-from .methods import latent_lists, linear_probes, probe_lists, rerank_lists
+from .methods import latent_lists, liked_lists, linear_probes, probe_lists, rerank_lists
 from .profiles import cohens_d, group_code, popularity_latents, user_popularity
 from .serve import ItemHead, SteeredRanker, Users
 
@@ -26,11 +40,14 @@ __all__ = [
     "concept_shares",
     "dhondt",
     "direction",
+    "favourites",
     "group_code",
     "latent_lists",
+    "liked_lists",
     "linear_probes",
     "mix",
     "mix_all",
+    "mix_liked",
     "mix_near",
     "one_goal",
     "over_represented",

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from .edits import Latents, mix, mix_near
+from .edits import SHARPNESS, Latents, favourites, mix, mix_liked, mix_near
 from .evaluate import Lists
 from .goals import Goals
 from .serve import ItemHead, SteeredRanker, Users, rank_unseen
@@ -22,20 +22,47 @@ def latent_lists(
     k: int = 20,
     weights: Mapping[int, Sequence[float]] | Sequence[Sequence[float]] | None = None,
     *,
-    near: bool = False,
+    near: str | None = None,
 ) -> Lists:
-    """mix(latents of the user's concept, strength, weights), or mix_near of the same where near.
+    """mix(latents of the user's concept, strength, weights), by the concept's place in goals.names.
 
-    latents and weights: by the concept's place in goals.names.
+    near: "user" for mix_near; "liked" for mix_liked, to the items that have the concept in goals.labels.
     """
+    if near not in (None, "user", "liked"):
+        raise ValueError(f"latent_lists: near must be None, 'user' or 'liked', got {near!r}")
+    if near == "liked":
+        _linear("latent_lists(near='liked')", ranker)
 
     def one(part: Users, concept: int, strength: float) -> Tensor:
         worth = None if weights is None else weights[concept]
-        if near:
+        if near == "user":
             edit = mix_near(latents[concept], strength, ranker.sae.W_dec, worth)
+        elif near == "liked":
+            edit = mix_liked(latents[concept], strength, ranker.sae, _items_of(ranker, goals, concept), worth)
         else:
             edit = mix(latents[concept], strength, worth)
         return ranker.rank(part, k, edit)[0]
+
+    return _by_goal(users, goals, k, one)
+
+
+def liked_lists(
+    ranker: SteeredRanker, users: Users, goals: Goals, k: int = 20, *, sharpness: float = SHARPNESS
+) -> Lists:
+    """No SAE: h -> (1 - strength) h + strength |h| t / |t|, t = favourites(h, the concept's items, sharpness).
+
+    What mix_liked goes after, without latents between: what the latents are worth there shows beside it.
+    """
+    _linear("liked_lists", ranker)
+
+    def one(part: Users, concept: int, strength: float) -> Tensor:
+        items = _items_of(ranker, goals, concept)
+
+        def states(rows: Tensor) -> Tensor:
+            h = part.x[rows]
+            return _towards(h, favourites(h, items, sharpness), strength)
+
+        return rank_unseen(states, ranker.head, part.histories, k)[0]
 
     return _by_goal(users, goals, k, one)
 
@@ -49,8 +76,7 @@ def probe_lists(ranker: SteeredRanker, users: Users, goals: Goals, probes: Tenso
 
     def one(part: Users, concept: int, strength: float) -> Tensor:
         def states(rows: Tensor) -> Tensor:
-            h = part.x[rows]
-            return (1 - strength) * h + strength * h.norm(dim=1, keepdim=True) * unit[concept]
+            return _towards(part.x[rows], unit[concept], strength)
 
         return rank_unseen(states, ranker.head, part.histories, k)[0]
 
@@ -104,6 +130,20 @@ def linear_probes(x: Tensor, labels: Tensor, ridge: float = 1.0) -> Tensor:
     covariance = centred.T @ centred / len(x)
     covariance = covariance + ridge * covariance.diagonal().mean() * torch.eye(x.shape[1], dtype=torch.float64)
     return normalize(torch.linalg.solve(covariance, centred.T @ (y - y.mean(0)) / len(x)).T, dim=1)
+
+
+def _towards(h: Tensor, target: Tensor, strength: float) -> Tensor:
+    """From h towards the target's direction, at the length of h."""
+    return (1 - strength) * h + strength * h.norm(dim=-1, keepdim=True) * normalize(target, dim=-1)
+
+
+def _items_of(ranker: SteeredRanker, goals: Goals, concept: int) -> Tensor:
+    return ranker.head.items[goals.labels[:, concept]]
+
+
+def _linear(op: str, ranker: SteeredRanker) -> None:
+    if not ranker.head.linear:
+        raise ValueError(f"{op}: the head of {type(ranker.model).__name__} is not linear in the embedding")
 
 
 def _by_goal(users: Users, goals: Goals, k: int, one: Callable[[Users, int, float], Tensor]) -> Lists:

@@ -73,13 +73,19 @@ def curve_figure(rows: Sequence[SteeringRow], key: str) -> Any:
     return made
 
 
-def pages(rows: Sequence[SteeringRow], base: float | None = None) -> list[tuple[str, str, Any]]:
-    """(heading, note, figure) of the front and of every figure that the rows have, for `write_page`."""
-    note = "Up and to the right is better. Rings: no measured point beats these."
+def pages(
+    rows: Sequence[SteeringRow], base: float | None = None, bands: str = "bootstrap over users"
+) -> list[tuple[str, str, Any]]:
+    """(heading, note, figure) of the front and of every figure that the rows have, for `write_page`.
+
+    bands: what the errors of the rows come from.
+    """
+    held = ", ".join(dict.fromkeys(row.method for row in pareto_front(rows)))
+    note = f"Up and to the right is better. Rings: no measured point beats these, which are of: {held}."
     found = [("What is gained and what is lost", note, front_figure(rows, base))]
     for key, name in FIGURES.items():
         if any(getattr(row, key) == getattr(row, key) for row in rows):
-            found.append((name[0].upper() + name[1:], "Bands: 95 %, bootstrap over users.", curve_figure(rows, key)))
+            found.append((name[0].upper() + name[1:], f"Bands: 95 %, {bands}.", curve_figure(rows, key)))
     return found
 
 
