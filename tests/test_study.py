@@ -92,6 +92,7 @@ def test_several_runs_are_made_once_and_averaged(tmp_path, capsys, one_thread):
     found = run_studies(config)
     first = capsys.readouterr().out
     assert first.count("training elsa") == first.count("studying") == 2 and "2 runs, mean ± standard" in first
+    assert "at 5%: tag re-rank > " in first
     values = [next(r["auc"] for r in one["readings"] if r["detector"] == "latents") for one in found]
     summary = {(row["what"], row["figure"]): row for row in table(tmp_path / "summary.csv")}
     row = summary["activation, latents", "auc"]
@@ -99,7 +100,8 @@ def test_several_runs_are_made_once_and_averaged(tmp_path, capsys, one_thread):
     assert float(row["standard_deviation"]) == pytest.approx(abs(values[0] - values[1]) / 2**0.5)
     gains = [r["gain"] for one in found for r in one["gains"] if (r["method"], r["loss"]) == ("tag re-rank", 0.05)]
     assert float(summary["tag re-rank at 5% loss", "gain"]["mean"]) == pytest.approx(sum(gains) / 2)
-    assert (tmp_path / "summary.html").read_text().count("plotly-graph-div") >= 5
+    page = (tmp_path / "summary.html").read_text()
+    assert page.count("plotly-graph-div") >= 5 and "2 runs: concepts and steering" in page
     # the same again trains and studies nothing; a run without its study is studied alone
     assert same(run_studies(config), found) and "ing elsa" not in capsys.readouterr().out
     (tmp_path / "seed-1" / "study" / "study.json").unlink()

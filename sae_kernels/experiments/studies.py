@@ -49,7 +49,8 @@ def run_studies(config: StudiesConfig) -> list[dict[str, Any]]:
     _write_summary(readings, gains, config.out / "summary.csv")
     base, _ = _mean_and_spread([one["base_ndcg"] for one in found])
     pages = concept_plots.reading_pages(readings) + steer_plots.pages(_front(found), base, "spread over the runs")
-    _plots.write_page(pages, config.out / "summary.html", f"{len(found)} runs: concepts and steering")
+    title = f"{', '.join(dict.fromkeys(one['data'] for one in found))}, {len(found)} runs: concepts and steering"
+    _plots.write_page(pages, config.out / "summary.html", title)
     print(describe(found))
     print(f"summary: {config.out / 'summary.html'}")
     return found
@@ -78,9 +79,8 @@ def describe(found: Sequence[dict[str, Any]]) -> str:
         cells = (f"{_spread(by[loss], 'gain', 2) + 'x' if loss in by else '-':>15}" for loss in LOSSES)
         lines.append(f"{method:<28}" + "".join(cells))
     for loss in LOSSES:
-        best = max((row for row in gains if row["loss"] == loss), key=lambda row: row["gain"], default=None)
-        if best is not None:
-            lines.append(f"ahead at {loss:.0%}: {best['method']}")
+        here = sorted((row for row in gains if row["loss"] == loss), key=lambda row: -row["gain"])
+        lines.append(f"at {loss:.0%}: {' > '.join(row['method'] for row in here)}")
     held = dict.fromkeys(row.method for row in pareto_front(_front(found)))
     lines.append(f"on the mean front: {', '.join(held)}")
     return "\n".join(lines)

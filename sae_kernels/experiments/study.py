@@ -124,7 +124,8 @@ def run_study(config: StudyConfig) -> Study:
     if config.explained:
         _explanations(model, sae, parts, found, titles, config, out)
     study = Study(found, readings, steering)
-    (out / "study.json").write_text(json.dumps({"config": config.identity(), **study.figures()}, indent=1) + "\n")
+    note = {"config": config.identity(), "data": parts.data.name, **study.figures()}
+    (out / "study.json").write_text(json.dumps(note, indent=1) + "\n")
     print(f"tables and pages: {out}")
     return study
 

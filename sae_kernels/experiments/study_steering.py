@@ -64,9 +64,10 @@ class SteeringStudy:
 
     def gains(self) -> list[dict[str, str | float]]:
         """One row per method and loss: the segment nDCG there over the unsteered one, with its standard error."""
+        points = {loss: at_loss(self.table, self.base.ndcg, loss) for loss in LOSSES}
         rows = []
-        for loss in LOSSES:
-            for method, row in at_loss(self.table, self.base.ndcg, loss).items():
+        for method in dict.fromkeys(row.method for row in self.table):
+            for loss, row in ((loss, found[method]) for loss, found in points.items() if method in found):
                 gain = row.segment_ndcg / self.base.segment_ndcg if self.base.segment_ndcg else float("nan")
                 error = row.errors.get("segment_ndcg", float("nan"))
                 figures = {"strength": row.strength, "ndcg": row.ndcg, "segment_ndcg": row.segment_ndcg}

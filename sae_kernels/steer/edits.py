@@ -16,7 +16,7 @@ from ..ops.sparse_decode import sparse_decode
 
 Edit = Callable[[SparseCode], SparseCode]
 Latents = int | Sequence[int] | Tensor
-SHARPNESS = 1.0  # of a row's taste within a concept; the best of 1, 2 and 4 on 700 users of goodbooks10k, ELSA, seed 0
+SHARPNESS = 1.0  # of a row's taste within a concept; the best of 1/4 to 4 on 700 users of goodbooks10k, ELSA, seed 0
 
 
 def mix(latents: Latents, alpha: float, weights: Tensor | Sequence[float] | None = None) -> Edit:
