@@ -170,6 +170,27 @@ def test_index_out_of_range(isa, backend, bad):
         sk.sparse_decode(values, wide, W, b)
 
 
+@pytest.mark.parametrize("shape", [(100, 4, 30, 10), (8000, 40, 2500, 333)], ids=["by row", "in slices"])
+def test_one_bad_index_among_many(isa, shape):
+    values, indices, W, b = case(*shape, torch.float32)
+    indices[shape[0] - 30, 2] = shape[2]
+    with pytest.raises(ValueError, match="indices must be in"):
+        sk.sparse_decode(values, indices, W, b)
+    with pytest.raises(ValueError, match="indices must be in"):
+        sk.sae_loss(torch.zeros(shape[0], shape[3]), values, indices, W, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_narrow_results_are_rounded_as_torch_rounds(isa, dtype):
+    """Every pattern of bits meets another: ties, denormals, overflow, infinities, NaN."""
+    bits = torch.arange(2**16, dtype=torch.int32).to(torch.int16)
+    W = bits.view(dtype).view(1024, 64)[:, :53].contiguous()
+    indices = torch.stack([torch.arange(1024), torch.randperm(1024, generator=torch.Generator().manual_seed(0))], 1)
+    got = sk.sparse_decode(torch.ones(1024, 2, dtype=dtype), indices, W)
+    want = (W.float() + W[indices[:, 1]].float()).to(dtype)
+    torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
+
+
 def test_a_compiled_graph_raises_on_a_bad_index_too():
     values, indices, W, b = case(9, 4, 30, 10, torch.float32)
     compiled = torch.compile(lambda v, i: sk.sparse_decode(v, i, W, b), fullgraph=True)

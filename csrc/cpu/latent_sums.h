@@ -165,74 +165,92 @@ struct Block {
   bool first, last;
 };
 
-// A slice of B vectors at column c0; where Part, fewer columns than that exist.
-template <bool Dots, int B, bool Part, class T>
-void sum_slice(const LatentSums<T>& to, const Block& block, const Acc<T>* weights, const Acc<T>* rows, int64_t stride, int64_t c0,
-               Acc<T>* dots) {
+// Latent f's B vectors at column c0; where Part, fewer columns than that exist. rows begins at column c0; what lies `ahead`
+// latents further is fetched.
+template <bool Dots, int B, bool Part, int64_t ahead, class T>
+void sum_latent(const LatentSums<T>& to, const Block& block, int64_t f, const Acc<T>* weights, const Acc<T>* rows, int64_t stride,
+                int64_t c0, Acc<T>* dots) {
   using A = Acc<T>;
   constexpr int L = kLanes<A>;
-  constexpr int64_t kSpan = 256, kStep = 64, kAhead = 8;  // entries per partial sum; latents per task; latents fetched ahead
-  const LatentOrder& order = block.order;
-  const int64_t width = std::min<int64_t>(B * L, to.d - c0);
-  const int64_t workers = std::clamp<int64_t>((order.n + order.d_sae) * B * L / 65536, 1, num_threads());
+  constexpr int64_t kSpan = 256;  // entries per partial sum
+  const int64_t width = std::min<int64_t>(B * L, to.d - c0), at = f * to.d + c0;
+  const int64_t begin = block.order.start[f], end = block.order.start[f + 1];
   const auto read = [&](const auto* from, Vec<A> (&v)[B]) {
     for (int b = 0; b < B; ++b) v[b] = Part ? load_some(from + b * L, width - b * L) : load(from + b * L);
   };
   const auto write = [&](auto* out, const Vec<A> (&v)[B]) {
     for (int b = 0; b < B; ++b) Part ? store_some(out + b * L, v[b], width - b * L) : store(out + b * L, v[b]);
   };
-  Vec<A> centre[B] = {};
-  if (to.centre) read(to.centre + c0, centre);
-
-  share_out((order.d_sae + kStep - 1) / kStep, workers, [&](int64_t, int64_t task) {
-    for (int64_t f = task * kStep; f < std::min(order.d_sae, (task + 1) * kStep); ++f) {
-      const int64_t begin = order.start[f], end = order.start[f + 1], at = f * to.d + c0;
-      Vec<A> w[B] = {}, total[B] = {};
-      if (f + kAhead < order.d_sae) {
-        if (Dots) prefetch_row(to.W + at + kAhead * to.d, width);
-        prefetch_row(to.sums + at + kAhead * to.d, width);
-      }
-      if (Dots && begin < end) read(to.W + at, w);
-      A weight_sum = 0;
-      for (int64_t s = begin; s < end; s += kSpan) {
-        const int64_t n = std::min(kSpan, end - s);
-        Vec<A> part[B] = {};
-        sum_entries<Dots, B>(rows, stride, block.row + s, weights + s, n, w, part, dots + s);
-        for (int b = 0; b < B; ++b) total[b] += part[b];
-        if (to.totals && c0 == 0) {
-          A span = 0;
-          for (int64_t i = s; i < s + n; ++i) span += weights[i];
-          weight_sum += span;
-        }
-      }
-      if (to.totals && c0 == 0) to.totals[f] = block.first ? weight_sum : to.totals[f] + weight_sum;
-      if (!block.first) {
-        Vec<A> before[B];
-        to.wide ? read(to.wide + at, before) : read(to.sums + at, before);
-        for (int b = 0; b < B; ++b) total[b] = before[b] + total[b];
-      }
-      if (block.last && to.centre)
-        for (int b = 0; b < B; ++b) total[b] -= to.totals[f] * centre[b];
-      to.wide && !block.last ? write(to.wide + at, total) : write(to.sums + at, total);
+  Vec<A> w[B] = {}, total[B] = {};
+  if (ahead && f + ahead < block.order.d_sae) {
+    if (Dots) prefetch_row(to.W + at + ahead * to.d, width);
+    prefetch_row(to.sums + at + ahead * to.d, width);
+  }
+  if (Dots && begin < end) read(to.W + at, w);
+  A weight_sum = 0;
+  for (int64_t s = begin; s < end; s += kSpan) {
+    const int64_t n = std::min(kSpan, end - s);
+    Vec<A> part[B] = {};
+    sum_entries<Dots, B>(rows, stride, block.row + s, weights + s, n, w, part, dots + s);
+    for (int b = 0; b < B; ++b) total[b] += part[b];
+    if (to.totals && c0 == 0) {
+      A span = 0;
+      for (int64_t i = s; i < s + n; ++i) span += weights[i];
+      weight_sum += span;
     }
-  });
+  }
+  if (to.totals && c0 == 0) to.totals[f] = block.first ? weight_sum : to.totals[f] + weight_sum;
+  if (!block.first) {
+    Vec<A> before[B];
+    to.wide ? read(to.wide + at, before) : read(to.sums + at, before);
+    for (int b = 0; b < B; ++b) total[b] = before[b] + total[b];
+  }
+  if (block.last && to.centre) {
+    Vec<A> centre[B];
+    read(to.centre + c0, centre);
+    for (int b = 0; b < B; ++b) total[b] -= to.totals[f] * centre[b];
+  }
+  to.wide && !block.last ? write(to.wide + at, total) : write(to.sums + at, total);
 }
 
-// Adds one block of n rows.
+// Adds one block of n rows: slice by slice for all latents, or, where latents are met so seldom that reading W and writing
+// the sums is most of the work, latent by latent for all columns. The bits are the same.
 template <bool Dots, class T>
 void sum_block(const LatentSums<T>& to, const Block& block, const Acc<T>* weights, const T* rows, int64_t n, Acc<T>* dots) {
   using A = Acc<T>;
-  Buffer<A> packed(n * kSlice<A>);
-  for (int64_t c0 = 0; c0 == 0 || c0 < to.d; c0 += kSlice<A>) {
-    const int64_t width = std::min(kSlice<A>, to.d - c0);
-    with_vecs<A>(width, [&]<int B>() {
-      constexpr int64_t stride = B * kLanes<A>;
-      if constexpr (std::is_same_v<T, A>)
-        if (to.d == stride) return sum_slice<Dots, B, false>(to, block, weights, rows, stride, 0, dots);  // packed as it is
-      pack_slice(rows, n, to.d, c0, width, stride, packed.p);
-      (width == stride ? sum_slice<Dots, B, false, T> : sum_slice<Dots, B, true, T>)(to, block, weights, packed.p, stride, c0, dots);
+  constexpr int64_t kStep = 64, kSeldom = 2;  // latents per task; entries per latent
+  const int64_t d = to.d, d_sae = block.order.d_sae;
+  const auto each_latent = [&](int64_t columns, const auto& f) {
+    const int64_t workers = std::clamp<int64_t>((block.order.n + d_sae) * columns / 65536, 1, num_threads());
+    share_out((d_sae + kStep - 1) / kStep, workers, [&](int64_t, int64_t task) {
+      for (int64_t l = task * kStep; l < std::min(d_sae, (task + 1) * kStep); ++l) f(l);
     });
+  };
+  const auto each_slice = [&](const auto& f) {
+    for (int64_t c0 = 0; c0 == 0 || c0 < d; c0 += kSlice<A>)
+      with_vecs<A>(std::min(kSlice<A>, d - c0), [&]<int B>() {
+        d - c0 < B * kLanes<A> ? f.template operator()<B, true>(c0) : f.template operator()<B, false>(c0);
+      });
+  };
+  if (block.order.n < kSeldom * d_sae) {
+    const int64_t stride = (d + kSlice<A> - 1) / kSlice<A> * kSlice<A>;
+    const bool as_it_is = std::is_same_v<T, A> && d == stride;
+    Buffer<A> packed(as_it_is ? 0 : n * stride);
+    if (!as_it_is) pack_slice(rows, n, d, 0, d, stride, packed.p);
+    const A* wide = as_it_is ? reinterpret_cast<const A*>(rows) : packed.p;
+    each_latent(d, [&](int64_t f) {
+      each_slice([&]<int B, bool Part>(int64_t c0) { sum_latent<Dots, B, Part, 0>(to, block, f, weights, wide + c0, stride, c0, dots); });
+    });
+    return;
   }
+  Buffer<A> packed(n * kSlice<A>);
+  each_slice([&]<int B, bool Part>(int64_t c0) {
+    constexpr int64_t stride = B * kLanes<A>;
+    const bool as_it_is = std::is_same_v<T, A> && d == stride;
+    if (!as_it_is) pack_slice(rows, n, d, c0, std::min(stride, d - c0), stride, packed.p);
+    const A* slice = as_it_is ? reinterpret_cast<const A*>(rows) : packed.p;
+    each_latent(stride, [&](int64_t f) { sum_latent<Dots, B, Part, 8>(to, block, f, weights, slice, stride, c0, dots); });
+  });
 }
 
 // Rows of one block: a slice of them fits the second-level cache, or nearly, and a latent is met often enough to pay for

@@ -19,13 +19,13 @@ template <class T> struct PrefixGradArgs {
 
 namespace SK_ISA {
 
-template <class T> void loss(const LossArgs<T>& args) {
+template <class T> bool loss(const LossArgs<T>& args) {
   const int64_t d = args.code.d_out, n = args.code.n_prefixes;
   std::fill(args.errors, args.errors + args.code.rows * n, Acc<T>(0));
-  decode_rows(args.code, [&]<int B, bool Part>(int64_t row, int64_t p, int64_t c0, const Vec<Acc<T>> (&total)[B], int64_t columns) {
+  return decode_rows(args.code, [&]<int B, bool Part>(int64_t row, int64_t p, int64_t c0, const Vec<Acc<T>> (&total)[B], int64_t columns) {
     constexpr int64_t L = kLanes<Acc<T>>;
     Vec<Acc<T>> square{};
-#pragma GCC unroll 16
+#pragma GCC unroll 24
     for (int b = 0; b < B; ++b) {
       const int64_t at = row * d + c0 + b * L;
       Vec<Acc<T>> off = total[b] - (Part ? load_some(args.x + at, columns - b * L) : load(args.x + at));
@@ -82,7 +82,7 @@ template <class T> void column_sums(const T* rows, int64_t n, int64_t d, int64_t
 }
 
 #define SK_INSTANTIATE(T)                                 \
-  template void loss(const LossArgs<T>&);                 \
+  template bool loss(const LossArgs<T>&);                 \
   template void prefix_grads(const PrefixGradArgs<T>&);   \
   template void loss_backward(const CodeGradArgs<T>&);    \
   template void column_sums(const T*, int64_t, int64_t, int64_t, const Acc<T>*, T*);
@@ -102,16 +102,19 @@ SK_INSTANTIATE(fp16)
 
 namespace sae_kernels {
 
-SK_DECLARE(template <class T> void loss(const LossArgs<T>& args))
+SK_DECLARE(template <class T> bool loss(const LossArgs<T>& args))
 SK_DECLARE(template <class T> void prefix_grads(const PrefixGradArgs<T>& args))
 SK_DECLARE(template <class T> void loss_backward(const CodeGradArgs<T>& args))
 SK_DECLARE(template <class T>
            void column_sums(const T* rows, int64_t n, int64_t d, int64_t step, const Acc<T>* scale, T* sums))
-Tensor checked_indices(const Tensor& indices, int64_t d_sae);  // sparse_decode.cpp
+// sparse_decode.cpp
+void check_indices(bool good);
+Tensor narrow_indices(const Tensor& indices, int64_t d_sae);
+Tensor checked_indices(const Tensor& indices, int64_t d_sae);
 
 namespace {
 
-// A code and its decoder, contiguous and checked, for as long as its kernel runs.
+// A code, its indices narrow, and its decoder, contiguous for as long as its kernel runs.
 struct Code {
   Tensor values, indices, W;
   std::optional<Tensor> bias;
@@ -119,7 +122,7 @@ struct Code {
   int64_t rows, k, d_sae, d_out;
 
   Code(const Tensor& v, const Tensor& i, const Tensor& w, const std::optional<Tensor>& b, std::vector<int64_t> prefixes)
-      : values(dense(v)), indices(checked_indices(i, w.size(0))), W(dense(w)), prefixes(std::move(prefixes)),
+      : values(dense(v)), indices(i), W(dense(w)), prefixes(std::move(prefixes)),
         rows(v.size(0)), k(v.size(1)), d_sae(w.size(0)), d_out(w.size(1)) {
     if (b) bias = dense(*b);
   }
@@ -145,18 +148,18 @@ using Prefixes = std::vector<int64_t>;
 
 std::tuple<Tensor, Tensor> sae_loss(Tensor x, Tensor values, Tensor indices, Tensor W, std::optional<Tensor> b,
                                     Prefixes prefixes) {
-  const Code code(values, indices, W, b, std::move(prefixes));
+  const Code code(values, narrow_indices(indices, W.size(0)), W, b, std::move(prefixes));
   x = dense(x);
   Tensor errors = empty_as(x, {code.rows, code.budgets()}, code.wide()), residual = empty_like_dtype(x, {code.rows, code.d_out});
   with_float_type(code.dtype(), [&]<class T>(T) {
     const LossArgs<T> args{code.args<T>(), data<T>(x), mutable_data<T>(residual), mutable_data<Acc<T>>(errors)};
-    SK_DISPATCH(loss<T>, args);
+    check_indices(SK_DISPATCH(loss<T>, args));
   });
   return {errors, residual};
 }
 
 Tensor sae_loss_prefix_grads(Tensor grad_errors, Tensor residual, Tensor values, Tensor indices, Tensor W, Prefixes prefixes) {
-  const Code code(values, indices, W, std::nullopt, std::move(prefixes));
+  const Code code(values, checked_indices(indices, W.size(0)), W, std::nullopt, std::move(prefixes));
   grad_errors = dense(grad_errors);
   residual = dense(residual);
   Tensor out = empty_like_dtype(residual, {code.rows, code.budgets(), code.d_out});
@@ -170,7 +173,7 @@ Tensor sae_loss_prefix_grads(Tensor grad_errors, Tensor residual, Tensor values,
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> sae_loss_backward(
     Tensor grad, std::optional<Tensor> scale, Tensor values, Tensor indices, Tensor W, Prefixes prefixes,
     std::optional<Tensor> x, std::optional<Tensor> centre, std::optional<Tensor> more, bool relu) {
-  const Code code(values, indices, W, std::nullopt, std::move(prefixes));
+  const Code code(values, checked_indices(indices, W.size(0)), W, std::nullopt, std::move(prefixes));
   grad = dense(grad);
   for (auto* t : {&scale, &x, &centre, &more})
     if (*t) *t = dense(**t);

@@ -1,4 +1,4 @@
-// sparse_decode on the CPU: decode_rows.h and its gradients (code_grads.h); indices are checked before.
+// sparse_decode on the CPU: decode_rows.h and its gradients (code_grads.h).
 #include "cpu/code_grads.h"
 #include "cpu/decode_rows.h"
 
@@ -25,26 +25,22 @@ template <class T> inline Acc<T> dot(const T* a, const T* b, int64_t d) {
   return horizontal_sum<A>((sum[0] + sum[1]) + (sum[2] + sum[3]));
 }
 
-// an unsigned maximum: there negative ones are the largest of all
-template <class U, class I> bool all_below(const I* indices, int64_t n, int64_t d_sae) {
+}  // namespace
+
+template <class I> bool indices_in_range(const I* indices, int64_t n, int64_t d_sae) {
   std::atomic<bool> good{true};
   parallel_for(0, n, 65536, [&](int64_t begin, int64_t end) {
-    U worst = 0;
-    for (int64_t i = begin; i < end; ++i) worst = std::max(worst, static_cast<U>(indices[i]));
-    if (worst >= static_cast<uint64_t>(d_sae)) good.store(false, std::memory_order_relaxed);
+    if (!in_range(indices + begin, end - begin, d_sae)) good = false;
   });
   return good;
 }
+template bool indices_in_range(const int32_t*, int64_t, int64_t);
+template bool indices_in_range(const int64_t*, int64_t, int64_t);
 
-}  // namespace
-
-bool indices_in_range(const int64_t* indices, int64_t n, int64_t d_sae) { return all_below<uint64_t>(indices, n, d_sae); }
-bool indices_in_range(const int32_t* indices, int64_t n, int64_t d_sae) { return all_below<uint32_t>(indices, n, d_sae); }
-
-template <class T> void decode(const CodeArgs<T>& args, T* out) {
-  decode_rows(args, [&]<int B, bool Part>(int64_t row, int64_t, int64_t c0, const Vec<Acc<T>> (&total)[B], int64_t columns) {
+template <class T> bool decode(const CodeArgs<T>& args, T* out) {
+  return decode_rows(args, [&]<int B, bool Part>(int64_t row, int64_t, int64_t c0, const Vec<Acc<T>> (&total)[B], int64_t columns) {
     constexpr int64_t L = kLanes<Acc<T>>;
-#pragma GCC unroll 16
+#pragma GCC unroll 24
     for (int b = 0; b < B; ++b) {
       T* to = out + row * args.d_out + c0 + b * L;
       if (Part) store_some(to, total[b], columns - b * L);
@@ -64,7 +60,7 @@ template <class T> void decode_grad_values(const DotArgs<T>& args) {
 template <class T> void decode_backward(const CodeGradArgs<T>& args) { code_grads(args); }
 
 #define SK_INSTANTIATE(T)                                  \
-  template void decode(const CodeArgs<T>&, T*);            \
+  template bool decode(const CodeArgs<T>&, T*);            \
   template void decode_grad_values(const DotArgs<T>&);     \
   template void decode_backward(const CodeGradArgs<T>&);
 SK_INSTANTIATE(float)
@@ -82,26 +78,32 @@ SK_INSTANTIATE(fp16)
 
 namespace sae_kernels {
 
-SK_DECLARE(template <class T> void decode(const CodeArgs<T>& args, T* out))
+SK_DECLARE(template <class T> bool decode(const CodeArgs<T>& args, T* out))
 SK_DECLARE(template <class T> void decode_grad_values(const DotArgs<T>& args))
 SK_DECLARE(template <class T> void decode_backward(const CodeGradArgs<T>& args))
-SK_DECLARE(bool indices_in_range(const int64_t* indices, int64_t n, int64_t d_sae))
-SK_DECLARE(bool indices_in_range(const int32_t* indices, int64_t n, int64_t d_sae))
+SK_DECLARE(template <class I> bool indices_in_range(const I* indices, int64_t n, int64_t d_sae))
 
-// int32, contiguous, every one a row of W
-Tensor checked_indices(const Tensor& indices, int64_t d_sae) {
+void check_indices(bool good) { STD_TORCH_CHECK(good, "sparse_decode: indices must be in [0, d_sae)"); }
+
+// int32, contiguous; those that were wider have been checked to be rows of W
+Tensor narrow_indices(const Tensor& indices, int64_t d_sae) {
   const Tensor whole = dense(indices);
-  const int64_t n = whole.numel();
-  const bool wide = whole.scalar_type() == ScalarType::Long;
-  const bool good = wide ? SK_DISPATCH(indices_in_range, data<int64_t>(whole), n, d_sae)
-                         : SK_DISPATCH(indices_in_range, data<int32_t>(whole), n, d_sae);
-  STD_TORCH_CHECK(good, "sparse_decode: indices must be in [0, d_sae)");
-  return wide ? torch::stable::to(whole, ScalarType::Int) : whole;
+  if (whole.scalar_type() == ScalarType::Int) return whole;
+  check_indices(SK_DISPATCH(indices_in_range<int64_t>, data<int64_t>(whole), whole.numel(), d_sae));
+  return torch::stable::to(whole, ScalarType::Int);
+}
+
+// the same, all of them checked
+Tensor checked_indices(const Tensor& indices, int64_t d_sae) {
+  const Tensor narrow = narrow_indices(indices, d_sae);
+  if (indices.scalar_type() == ScalarType::Int)
+    check_indices(SK_DISPATCH(indices_in_range<int32_t>, data<int32_t>(narrow), narrow.numel(), d_sae));
+  return narrow;
 }
 
 Tensor sparse_decode(Tensor values, Tensor indices, Tensor W, std::optional<Tensor> b) {
   const int64_t rows = values.size(0), k = values.size(1), d_sae = W.size(0), d_out = W.size(1);
-  indices = checked_indices(indices, d_sae);
+  indices = narrow_indices(indices, d_sae);
   values = dense(values);
   W = dense(W);
   if (b) b = dense(*b);
@@ -109,7 +111,7 @@ Tensor sparse_decode(Tensor values, Tensor indices, Tensor W, std::optional<Tens
   with_float_type(W.scalar_type(), [&]<class T>(T) {
     const CodeArgs<T> args{data<T>(values), data<int32_t>(indices), data<T>(W), b ? data<T>(*b) : nullptr,
                            rows, k, d_out, d_sae, &k, 1};
-    SK_DISPATCH(decode<T>, args, mutable_data<T>(out));
+    check_indices(SK_DISPATCH(decode<T>, args, mutable_data<T>(out)));
   });
   return out;
 }

@@ -84,8 +84,8 @@ template <class T> inline Vec<Acc<T>> load(const T* p) {
   } else {
 #if defined(__AVX512F__)
     const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
-    if constexpr (__is_same(T, bf16)) v = (Vec<float>)_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16);
-    else v = (Vec<float>)_mm512_cvtph_ps(half);
+    if constexpr (__is_same(T, bf16)) v = (Vec<float>)_mm512_maskz_slli_epi32(0xffff, _mm512_maskz_cvtepu16_epi32(0xffff, half), 16);
+    else v = (Vec<float>)_mm512_maskz_cvtph_ps(0xffff, half);
 #elif defined(__AVX2__)
     const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
     if constexpr (__is_same(T, bf16)) v = (Vec<float>)_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16);
@@ -97,9 +97,26 @@ template <class T> inline Vec<Acc<T>> load(const T* p) {
   return v;
 }
 
+// as from_acc, lane by lane
+inline void store_narrow(bf16* p, Vec<float> v) {
+  typedef uint16_t Half __attribute__((vector_size(kVecBytes / 2)));
+  const Vec<uint32_t> bits = (Vec<uint32_t>)v, rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const Half half = __builtin_convertvector(v == v ? rounded : Vec<uint32_t>{} + 0x7fc0u, Half);
+  std::memcpy(p, &half, sizeof half);
+}
+inline void store_narrow(fp16* p, Vec<float> v) {
+#if defined(__AVX512F__)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_maskz_cvtps_ph(0xffff, (__m512)v, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__AVX2__)
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
+#else
+  for (int i = 0; i < kLanes<float>; ++i) p[i] = from_acc<fp16>(v[i]);
+#endif
+}
+
 template <class T> inline void store(T* p, Vec<Acc<T>> v) {
   if constexpr (sizeof(T) == sizeof(Acc<T>)) std::memcpy(p, &v, sizeof v);
-  else for (int i = 0; i < kLanes<Acc<T>>; ++i) p[i] = from_acc<T>(v[i]);
+  else store_narrow(p, v);
 }
 
 // The first n lanes, all of them where n is larger; the others come as 0 and are not stored.
