@@ -143,7 +143,7 @@ def _grid(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
 
 
 def _rows(options: argparse.Namespace) -> tuple[Any, Tensor, Tensor, str]:
-    """What `fit` draws from, rows of it for the normaliser, rows to measure the result on, and which those are."""
+    """What `fit` draws from, rows of it in random order to start from, rows to measure the result on, and which those are."""
     import torch
 
     generator = torch.Generator().manual_seed(options.seed)
@@ -188,8 +188,9 @@ def _new_sae(known: Tensor, values: dict[str, Any], options: argparse.Namespace,
             sae = modules.VARIANTS[options.variant](*sizes, normalize=options.normalize)
         else:
             sae = modules.ShardedTopKSAE(*sizes, normalize=options.normalize, shard_group=ranks.shard)
-    if options.normalize == "global":
-        sae.fit_normalizer(known)
+        if options.normalize == "global":
+            sae.fit_normalizer(known)
+        sae.init_from_data(known[:SAMPLE])
     return sae
 
 

@@ -110,7 +110,7 @@ def test_the_published_figures():
     assert all(0.1 < k < 1 for k in kept) and len(kept) == 72 * 4
 
 
-@pytest.mark.parametrize("name", ["topk-global", "topk-raw", "topk-abs", "repaired-cosine"])
+@pytest.mark.parametrize("name", ["topk-global", "topk-raw", "topk-abs", "topk-task", "repaired-cosine"])
 def test_every_variant_is_what_it_says(tmp_path, name):
     config = small(tmp_path).filled()
     cell = config.cell(2, 4, 0)
@@ -121,6 +121,49 @@ def test_every_variant_is_what_it_says(tmp_path, name):
     wanted = {"topk-global": "global", "topk-raw": "none"}.get(name, "standardize")
     assert sae.normalize == wanted and sae.activation == ("abs" if name == "topk-abs" else "relu")
     torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(16))
+
+
+@pytest.mark.parametrize("name", ["elsa", "multvae", "sasrec"])
+def test_an_sae_starts_on_rows_drawn_as_in_training(tmp_path, name):
+    cell = small(tmp_path, model=name, variants=("topk",)).filled().cell(2, 4, 0)
+    parts = stages.split(stages.load_data(cell), cell)
+    model = stages.new_recommender(parts, cell).eval()
+    rows = torch.cat(list(stages.fresh_rows(model, parts, cell, 1, stages.STARTED)))
+    sae = stages.new_sae(model, parts, cell, normalize="global")
+    torch.testing.assert_close(sae.normalizer.mean, rows.mean(0))
+    unit = torch.nn.functional.normalize(sae.normalizer(rows)[0] - sae.b_dec, dim=1)
+    torch.testing.assert_close((sae.W_dec @ unit.T).amax(1), torch.ones(16))
+    again = torch.cat(list(stages.fresh_rows(model, parts, cell, 1, 2)))
+    other = torch.cat(list(stages.fresh_rows(model, parts, cell, 2, 2)))
+    assert torch.equal(rows[: len(again)], again) and not torch.equal(again, other)
+
+
+def test_entropy_of_hidden_items_against_its_formula():
+    scores = torch.randn(4, 9, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    given, hidden = torch.zeros(2, 4, 9, dtype=torch.float64)
+    given[0, :3] = given[1, 4] = 1
+    hidden[0, 5:7] = hidden[1, 8] = hidden[3, 0] = 1  # row 2 hides nothing and does not count
+    found = variants._hidden_entropy(scores, given, hidden, torch.tensor(2.0, dtype=torch.float64))
+    wanted = []
+    for row in (0, 1, 3):
+        scaled = 2 * scores[row] / scores[row].std()
+        weight = torch.where(given[row] > 0, 0, scaled.exp())
+        wanted.append(-(weight / weight.sum()).log()[hidden[row] > 0].mean())
+    torch.testing.assert_close(found, torch.stack(wanted).mean())
+    assert variants._hidden_entropy(torch.zeros(2, 9), given[:2].float(), hidden[:2].float(), torch.ones(())).isfinite()
+
+
+@pytest.mark.parametrize("name", ["elsa", "multvae"])
+def test_training_on_the_task_lowers_the_entropy_and_leaves_the_recommender(tmp_path, name):
+    cell = small(tmp_path, model=name, steps=1000).filled().cell(2, 4, 0)
+    parts = stages.split(stages.load_data(cell), cell)
+    model = stages.new_recommender(parts, cell).eval()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    sae, short = (stages.new_sae(model, parts, cell) for _ in range(2))
+    brief = replace(cell, steps=10)
+    assert variants.train_on_task(sae, model, parts, cell) < variants.train_on_task(short, model, parts, brief) - 0.01
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+    assert all(p.requires_grad and p.grad is None for p in model.parameters())
 
 
 def test_the_published_defect_loses_the_scale():
@@ -179,6 +222,7 @@ def test_the_published_step_is_its_formula():
         ({"k": (2, 2)}, "--k must name at least one value, each once, got 2 2"),
         ({"k": (32,)}, "--k 32 is more than the 16 latents of --width 2"),
         ({"at": 0}, "--at must be at least 1, got 0"),
+        ({"model": "sasrec", "variants": ("topk-task",)}, "--variants of a sasrec must be among topk, topk-global"),
         ({"model": "sasrec"}, "--variants of a sasrec must be among topk, topk-global, topk-raw, topk-abs"),
         ({"weights": "x.npz"}, "--weights are those of a sasrec, got --model multvae"),
         ({"steps": 0}, "--steps must be at least 1, got 0"),

@@ -133,13 +133,12 @@ def test_rows_since_fired_counts_rows_in_training_mode_alone():
     assert torch.equal(sae.dead, expected > 10)
 
 
-def dense_aux(sae, x, dead, k, activation="relu"):
-    residual = (x - sae.b_dec - dense_code(sae, x) @ sae.W_dec).detach()
-    pre = (x - sae.b_dec.detach()) @ sae.W_enc.T + sae.b_enc
-    score = torch.where(dead, pre.relu(), 0)
+def dense_aux(sae, x, dead, k):
+    centred = (x - sae.b_dec).detach()
+    score = torch.where(dead, (centred @ sae.W_enc.T + sae.b_enc).relu(), 0)
     top = score.topk(k, dim=-1).indices
-    code = torch.zeros_like(pre).scatter(-1, top, score.gather(-1, top))
-    return (code @ sae.W_dec - residual).square().sum() / residual.square().sum()
+    code = torch.zeros_like(score).scatter(-1, top, score.gather(-1, top))
+    return (code @ sae.W_dec - centred).square().sum() / centred.square().sum()
 
 
 def test_auxk_against_dense_and_on_dead_rows_alone():
@@ -168,7 +167,7 @@ def test_auxk_is_exactly_zero_while_nothing_is_dead():
     from sae_kernels.nn.loss import auxk_loss
 
     none = torch.zeros(10, dtype=torch.bool)
-    aux = auxk_loss(x, x, sae.W_enc, sae.b_enc, sae.W_dec, torch.arange(10), none, 2, "relu", None)
+    aux = auxk_loss(x, sae.W_enc, sae.b_enc, sae.W_dec, torch.arange(10), none, 2, "relu", None)
     aux.backward()
     assert aux.item() == 0
     assert all(torch.equal(p.grad, torch.zeros_like(p)) for p in (sae.W_enc, sae.b_enc, sae.W_dec))
@@ -208,3 +207,9 @@ def test_auxk_brings_dead_latents_back():
     without = dead_share(0.0)
     assert without > 0.3
     assert dead_share(1.0) < 0.5 * without
+
+
+def test_how_long_a_latent_may_be_silent_goes_by_how_often_one_fires():
+    assert TopKSAE(8, 64, 4).dead_after == 10_000
+    assert TopKSAE(8, 4096, 4).dead_after == 102_400
+    assert TopKSAE(8, 4096, 4, dead_after=7).dead_after == 7

@@ -1,4 +1,4 @@
-"""python -m sae_kernels.experiments grid | study: one command each."""
+"""python -m sae_kernels.experiments accuracy | grid | study: one command each."""
 
 import argparse
 import sys
@@ -8,6 +8,7 @@ EXAMPLES = """examples:
   python -m sae_kernels.experiments grid                                    ELSA on the simulated catalogue
   python -m sae_kernels.experiments grid --data data/goodbooks10k --model multvae --d 128 --seeds 0 1 2
   python -m sae_kernels.experiments grid --data data/ml1m --model sasrec --weights sasrec.npz --at 10 --variants topk
+  python -m sae_kernels.experiments accuracy --data data/goodbooks10k --sequences data/ml1m --weights sasrec.npz
   python -m sae_kernels.experiments study runs/demo-elsa                   what its latents mean, explain and steer
   python -m sae_kernels.experiments study --data data/goodbooks10k --seeds 0 1 2      three runs, mean and spread
 
@@ -18,7 +19,31 @@ Ctrl-C at any time: the same command goes on with what is missing. Open <out>/re
 def main(argv: list[str] | None = None) -> int:
     """Runs one command; returns the exit code: 0, 2 for a mistake in what was given, 130 after Ctrl-C."""
     options = _parser().parse_args(argv)
-    return _study(options) if options.command == "study" else _grid(options)
+    return {"accuracy": _accuracy, "grid": _grid, "study": _study}[options.command](options)
+
+
+def _accuracy(options: argparse.Namespace) -> int:
+    from .accuracy import AccuracyConfig, run_accuracy
+    from .grid_page import spread
+
+    given = {name: tuple(value) if isinstance(value, list) else value for name, value in vars(options).items()}
+    del given["command"]
+    try:
+        lines = run_accuracy(AccuracyConfig(**given))
+    except (ValueError, OSError, ImportError) as error:
+        print(f"experiments accuracy: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nexperiments accuracy: interrupted; the same command goes on where it stopped", file=sys.stderr)
+        return 130
+    if not options.quiet:
+        print(f"{'recommender':<14}{'variant':<18}{'base':>18}{'kept':>18}{'FVU':>18}{'dead':>8}")
+        for line in lines:
+            base, kept, fvu = (spread(line.values(name), 4) for name in ("base_ndcg", "kept", "fvu"))
+            dead = sum(line.values("dead_share")) / len(line.cells)
+            print(f"{line.name:<14}{line.variant:<18}{base:>18}{kept:>18}{fvu:>18}{dead:>8.2%}")
+        print(f"results: {options.out / 'results.html'}")
+    return 0
 
 
 def _study(options: argparse.Namespace) -> int:
@@ -78,6 +103,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(dest="command", required=True)
+    _add_accuracy(commands)
     _add_study(commands)
     grid = commands.add_parser(
         "grid", help="SAE variants x width x k x seeds on one recommender", epilog=EXAMPLES,
@@ -89,8 +115,8 @@ def _parser() -> argparse.ArgumentParser:
     grid.add_argument("--epochs", type=int, help="passes over the users while training it (by model and data)")
     grid.add_argument("--weights", type=Path, metavar="FILE", help="a published SASRec (.npz) in place of one's own")
     grid.add_argument("--variants", nargs="+", metavar="NAME", default=["topk", "published-l2", "published-cosine"],
-                      help="topk, topk-global, topk-raw, topk-abs; published-l2, published-cosine; repaired-l2, "
-                      "repaired-cosine: the published recipe without its defect")  # fmt: skip
+                      help="topk, topk-global, topk-raw, topk-abs; topk-task, trained on for what it "
+                      "recommends; published-l2, published-cosine; repaired-l2, -cosine: without its defect")  # fmt: skip
     grid.add_argument("--k", type=int, nargs="+", default=[8, 16, 32, 64], help="active latents (8 16 32 64)")
     grid.add_argument("--width", type=int, nargs="+", default=[2, 4, 8], help="latents per dimension (2 4 8)")
     grid.add_argument("--seeds", type=int, nargs="+", default=[0], help="of data split, recommender and SAE (0)")
@@ -99,6 +125,21 @@ def _parser() -> argparse.ArgumentParser:
     grid.add_argument("--out", type=Path, metavar="DIR", help="where the grid is written (runs/grid-<model>)")
     grid.add_argument("--quiet", action="store_true", help="no progress bar and no table")
     return parser
+
+
+def _add_accuracy(commands: argparse._SubParsersAction) -> None:
+    accuracy = commands.add_parser("accuracy", help="what one SAE costs ELSA, MultVAE and SASRec, over seeds")
+    accuracy.add_argument("--data", type=Path, metavar="DIR", help="ratings for ELSA and MultVAE (the simulation)")
+    accuracy.add_argument("--sequences", type=Path, metavar="DIR", help="a set with a time order for SASRec (none)")
+    accuracy.add_argument("--weights", type=Path, metavar="FILE", help="a published SASRec (.npz)")
+    accuracy.add_argument("--latents", type=int, nargs="+", default=[64, 128, 200], metavar="D",
+                          help="sizes of MultVAE's embedding (64 128 200)")  # fmt: skip
+    accuracy.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of split, recommender, SAE (0 1 2)")
+    accuracy.add_argument("--k", type=int, default=32, help="active latents (32)")
+    accuracy.add_argument("--width", type=int, default=8, help="latents per dimension (8)")
+    accuracy.add_argument("--steps", type=int, help="training steps of each SAE (6000; simulated: 2000)")
+    accuracy.add_argument("--out", type=Path, default=Path("runs/accuracy"), metavar="DIR", help="(runs/accuracy)")
+    accuracy.add_argument("--quiet", action="store_true", help="no progress bar and no table")
 
 
 def _add_study(commands: argparse._SubParsersAction) -> None:

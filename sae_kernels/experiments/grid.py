@@ -5,6 +5,7 @@ import io
 import json
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import product
 from pathlib import Path
@@ -113,10 +114,11 @@ class CellResult:
         return self.variant, self.width, self.k, self.seed
 
 
-def run_grid(config: GridConfig) -> list[CellResult]:
+def run_grid(config: GridConfig, bar: "Bar | None" = None) -> list[CellResult]:
     """Runs the cells that config.out does not hold yet and returns all; cells.csv and results.html lie in config.out.
 
-    Raises ValueError for options that do not go together or another run's folder, ImportError naming the extra.
+    bar: one that is shared with other grids; without it the grid shows its own, unless quiet. Raises ValueError for
+    options that do not go together or another run's folder, ImportError naming the extra.
     """
     need("safetensors", "the grid", "demo")
     need("plotly", "the grid's page", "demo")
@@ -127,7 +129,10 @@ def run_grid(config: GridConfig) -> list[CellResult]:
     wanted = list(product(config.seeds, config.variants, config.width, config.k))
     results = {one.place: one for one in read_cells(config.out / "cells.csv")}
     pending = [cell for cell in wanted if (*cell[1:], cell[0]) not in results]
-    with _Bar(config, len(pending) * config.steps, len(wanted) - len(pending)) as bar:
+    with nullcontext(bar) if bar is not None else Bar(config.quiet) as bar:
+        bar.expect(len(pending) * config.steps)
+        if len(pending) < len(wanted):
+            bar.note(f"{len(wanted) - len(pending)} cells are done already, in {config.out}")
         for seed in config.seeds:
             todo = [cell for cell in pending if cell[0] == seed]
             if not todo:
@@ -180,7 +185,7 @@ def _write_cells(results: Iterable[CellResult], path: Path) -> None:
     fresh.replace(path)
 
 
-def _recommender(config: GridConfig, seed: int, bar: "_Bar") -> tuple[nn.Module, Parts]:
+def _recommender(config: GridConfig, seed: int, bar: "Bar") -> tuple[nn.Module, Parts]:
     """The base model of one seed, trained unless an earlier run left it or --weights brings it."""
     cell, data = config.cell(config.width[0], config.k[0], seed), _data(config, seed)
     if config.weights is not None:
@@ -214,7 +219,7 @@ def _published_sasrec(path: Path) -> SASRec:
     return SASRec.from_state(dict(numpy.load(path, allow_pickle=False)))
 
 
-def _run_cell(config, model: nn.Module, parts: Parts, base: dict[str, float], place: tuple, bar: "_Bar") -> CellResult:
+def _run_cell(config, model: nn.Module, parts: Parts, base: dict[str, float], place: tuple, bar: "Bar") -> CellResult:
     variant, width, k, seed = place
     started, cell = time.perf_counter(), config.cell(width, k, seed)
     bar.say(f"{variant} {width}x k={k} seed {seed}")
@@ -232,16 +237,24 @@ def _run_cell(config, model: nn.Module, parts: Parts, base: dict[str, float], pl
     )  # fmt: skip
 
 
-class _Bar:
+class Bar:
     """The one progress bar: steps of all cells that are left; the recommenders' own steps are added as they come."""
 
-    def __init__(self, config: GridConfig, steps: int, done: int) -> None:
+    def __init__(self, quiet: bool) -> None:
         self._bar = None
-        if not config.quiet:
+        if not quiet:
             tqdm = need("tqdm", "the progress bar (off with --quiet)", "demo").tqdm
-            self._bar = tqdm(total=steps, desc="grid", unit="step")
-            if done:
-                self._bar.write(f"{done} cells are done already, in {config.out}")
+            self._bar = tqdm(total=0, desc="grid", unit="step")
+
+    def expect(self, steps: int) -> None:
+        """So many more are to come."""
+        if self._bar is not None:
+            self._bar.total += steps
+            self._bar.refresh()
+
+    def note(self, text: str) -> None:
+        if self._bar is not None:
+            self._bar.write(text)
 
     def update(self, steps: int) -> None:
         if self._bar is not None:
@@ -255,8 +268,7 @@ class _Bar:
         """Wraps a range of steps, for a recommender's training."""
 
         def wrapped(steps: range) -> Iterator[int]:
-            if self._bar is not None:
-                self._bar.total += len(steps)
+            self.expect(len(steps))
             self.say(text)
             for step in steps:
                 yield step
@@ -264,7 +276,7 @@ class _Bar:
 
         return wrapped
 
-    def __enter__(self) -> "_Bar":
+    def __enter__(self) -> "Bar":
         return self
 
     def __exit__(self, *exc: object) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._seed import mix_seed
 from ..data import (
     Histories,
     Interactions,
@@ -30,6 +31,7 @@ from ..train.sources import as_source
 K = 20  # the length of a recommendation list
 ROWS = 1024  # rows of one SAE step
 KEEP = (0.2, 1.0)  # the share of a history that a random sub-history keeps
+STARTED = 16  # batches of rows from which an SAE starts
 COUNTED = 64  # batches on which it is counted how often each latent fires
 LR, DECAY = 3e-3, 0.5  # of the SAE, tuned on goodbooks10k
 POSITIONS = 60_000  # positions of sequences on which latents are compared with concepts
@@ -124,12 +126,15 @@ def train_recommender(model: nn.Module, parts: Parts, config: Any, progress: Cal
 
 
 def new_sae(model: nn.Module, parts: Parts, config: Any, **options: Any) -> TopKSAE:
-    """An untrained SAE of config.width * config.d latents; options: as TopKSAE takes them, before those of config."""
-    generator = torch.Generator().manual_seed(config.seed)
+    """An SAE of config.width * config.d latents that starts on rows drawn as in training; options: as TopKSAE takes
+    them, before those of config.
+    """
     options = {"normalize": config.normalize, **options}
-    sae = TopKSAE(config.d, config.width * config.d, config.k, generator=generator, **options)
+    sae = TopKSAE(config.d, config.width * config.d, config.k, **options)
+    rows = torch.cat(list(fresh_rows(model, parts, config, 1, STARTED)))
     if options["normalize"] == "global":
-        sae.fit_normalizer(torch.cat([x for x, _ in embeddings(model, parts.train)]))
+        sae.fit_normalizer(rows)
+    sae.init_from_data(rows, torch.Generator().manual_seed(mix_seed(config.seed, 3)))
     return sae
 
 
@@ -192,8 +197,14 @@ def norm_ratio(model: nn.Module, sae: TopKSAE, histories: Histories) -> float:
 
 def reconstruction_as_trained(model: nn.Module, sae: TopKSAE, parts: Parts, config: Any) -> ReconstructionMetrics:
     """On COUNTED fresh batches of what the SAE was trained on: other sub-histories, other sequences."""
-    source = as_source(training_source(model, parts, replace(config, seed=config.seed + 1)), ROWS, config.seed + 1)
-    return reconstruction_metrics(sae, (source.next() for _ in range(COUNTED)))
+    return reconstruction_metrics(sae, fresh_rows(model, parts, config, 2, COUNTED))
+
+
+def fresh_rows(model: nn.Module, parts: Parts, config: Any, stream: int, batches: int) -> Iterator[Tensor]:
+    """Batches drawn as in training, but others; different ones for each `stream` of at least 1."""
+    seed = mix_seed(config.seed, stream)
+    source = as_source(training_source(model, parts, replace(config, seed=seed)), ROWS, seed)
+    return (source.next() for _ in range(batches))
 
 
 def ranking(model: nn.Module, parts: Parts, sae: TopKSAE | None = None, k: int = K) -> dict[str, float]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from ..ops import sae_loss, sparse_decode, topk_encode
+from ..ops import _checks, sae_loss, sparse_decode, topk_encode
 from ..ops.reference import accumulator
 from .code import SparseCode
 from .group import summed
@@ -95,6 +95,18 @@ def keeps_residual(x: Tensor, W_dec: Tensor) -> bool:
     return not wide or x.numel() <= _block_elements(W_dec) or torch.compiler.is_compiling()
 
 
+def checked_weight(weight: Tensor, x: Tensor) -> Tensor:
+    """weight [...] of rows x [..., d_in] as a constant in the dtype of sums; raises TypeError or ValueError."""
+    _checks.tensor("TopKSAE.loss", "weight", weight)
+    if weight.shape != x.shape[:-1]:
+        shapes = f"weight {tuple(weight.shape)} must have the leading shape of x {tuple(x.shape)}"
+        raise ValueError(f"TopKSAE.loss: {shapes}")
+    if weight.dtype != torch.bool and not weight.is_floating_point():
+        raise TypeError(f"TopKSAE.loss: weight must be bool or floating, got {weight.dtype}")
+    _checks.same_device("TopKSAE.loss", "x", x, "weight", weight)
+    return weight.detach().to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+
+
 def weighted_sum(rows: Tensor, weight: Tensor | None) -> Tensor:
     """sum_n weight[n] * rows[n]; weight [N] or None for 1."""
     return (rows if weight is None else rows * weight).sum()
@@ -169,7 +181,6 @@ def total_variance(x: Tensor, weight: Tensor | None = None, group: ProcessGroup 
 
 def auxk_loss(
     x: Tensor,
-    residual: Tensor,
     W_enc: Tensor,
     b_enc: Tensor,
     W_dec: Tensor,
@@ -180,16 +191,17 @@ def auxk_loss(
     weight: Tensor | None,
     group: ProcessGroup | None = None,
 ) -> Tensor:
-    """How much of the residual the dead latents leave: |e - e_hat|^2 / |e|^2 (AuxK of Gao et al. 2024).
+    """How much of x the dead latents leave when they reconstruct it alone: |x - x_hat|^2 / |x|^2.
 
-    x, residual [N, d_in], taken as constants; candidates [m] latents, dead [m] bool says which of them count; k <= m.
-    Gradient goes to the dead candidates' rows of W_enc, b_enc and W_dec alone; exactly 0, with gradient 0, where none
-    is dead. With a group, |e|^2 is that of the rows of all its processes: the results add up to the whole's.
+    AuxK of Gao et al. 2024, but for its target: there the dead latents explain what the others leave. Fitted to a
+    residual they fire as weakly as it is, win no place among the k strongest and stay dead; fitted to x they compete.
+
+    x [N, d_in], a constant; candidates [m] latents, dead [m] bool says which of them count; k <= m. Gradient goes to
+    the dead candidates' rows of W_enc, b_enc and W_dec alone; exactly 0, with gradient 0, where none is dead. With a
+    group, |x|^2 is that of the rows of all its processes: the results add up to the whole's.
     """
-    values, indices = topk_encode(
-        x.detach(), W_enc[candidates], b_enc[candidates], k, activation=activation, latent_mask=dead
-    )
-    residual = residual.detach()
-    left = squared_error(sparse_decode(values, indices, W_dec[candidates]), residual, weight)
-    energy = summed(squared_error(torch.zeros_like(residual), residual, weight), group)
+    x = x.detach()
+    values, indices = topk_encode(x, W_enc[candidates], b_enc[candidates], k, activation=activation, latent_mask=dead)
+    left = squared_error(sparse_decode(values, indices, W_dec[candidates]), x, weight)
+    energy = summed(squared_error(torch.zeros_like(x), x, weight), group)
     return torch.where(dead.any(), left / torch.where(energy > 0, energy, 1), 0)

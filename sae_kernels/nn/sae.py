@@ -15,9 +15,11 @@ from ..ops.topk_encode import ACTIVATIONS
 from .code import SparseCode
 from .constrain import ConstraintHandle, normalize_rows_, project_rows_
 from .group import summed
+from .initial import dictionary, encoder_scale, geometric_median
 from .loss import (
     SAELoss,
     auxk_loss,
+    checked_weight,
     keeps_residual,
     reconstruction_error,
     row_blocks,
@@ -37,10 +39,10 @@ class TopKSAE(nn.Module):
     `constrain(optimizer)` once to keep them so. tied_init: W_enc starts as a copy of W_dec, else independent Kaiming.
     activation: "relu", "none" or "abs". normalize: see Normalizer; "global" needs `fit_normalizer(x)` first.
 
-    A latent is dead after `dead_after` rows of training without firing. AuxK, weighed by aux_coef (0 switches it off),
-    lets up to k_aux dead latents per row explain the residual (default: half of d_in, at most 512), among the quarter
-    of the width that has been silent longest, on the first aux_rows rows of the batch: its cost is bounded whatever
-    the batch.
+    A latent is dead after `dead_after` rows of training without firing (default: a hundred times d_sae / k, the rows in
+    which one of average use fires once, and 10,000 at least). AuxK, weighed by aux_coef (0 switches it off), lets up to
+    k_aux dead latents per row reconstruct it (default: half of d_in, at most 512), among the quarter of the width that
+    has been silent longest, on the first aux_rows rows of the batch: its cost is bounded whatever the batch.
 
     x of any leading dimensions and any floating dtype; it is computed in the parameters' dtype and returned in its own.
     Raises TypeError or ValueError naming the argument.
@@ -68,7 +70,7 @@ class TopKSAE(nn.Module):
         k_aux: int | None = None,
         aux_coef: float = 1 / 32,
         aux_rows: int = 2048,
-        dead_after: int = 100_000,
+        dead_after: int | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         generator: torch.Generator | None = None,
@@ -81,7 +83,8 @@ class TopKSAE(nn.Module):
             raise ValueError(f"TopKSAE: aux_coef must be at least 0, got {aux_coef}")
         self.d_in, self.d_sae, self.k, self.activation = d_in, d_sae, k, activation
         self.k_aux = min(512, max(1, d_in // 2), d_sae) if k_aux is None else k_aux
-        self.aux_coef, self.aux_rows, self.dead_after = aux_coef, aux_rows, dead_after
+        self.aux_coef, self.aux_rows = aux_coef, aux_rows
+        self.dead_after = max(10_000, 100 * d_sae // k) if dead_after is None else dead_after
         self.W_enc = nn.Parameter(torch.empty(d_sae, d_in, device=device, dtype=dtype))
         self.b_enc = nn.Parameter(torch.zeros(d_sae, device=device, dtype=dtype))
         self.W_dec = nn.Parameter(torch.empty(d_sae, d_in, device=device, dtype=dtype))
@@ -127,7 +130,25 @@ class TopKSAE(nn.Module):
         rows = self.normalizer(x.reshape(-1, self.d_in))[0].double()
         if rows.shape[0] == 0:
             raise ValueError(f"init_b_dec: x {tuple(x.shape)} has no rows")
-        self.b_dec.copy_(rows.mean(0) if method == "mean" else _geometric_median(rows))
+        self.b_dec.copy_(rows.mean(0) if method == "mean" else geometric_median(rows))
+
+    @torch.no_grad()
+    def init_from_data(self, x: Tensor, generator: torch.Generator | None = None) -> None:
+        """Starts the SAE on x [..., d_in], a sample: latents that point to data fire on data, and few of them die.
+
+        b_dec becomes the mean of the normalised rows, rows of W_dec the directions of random ones from there (random
+        directions where x has fewer rows than d_sae), W_enc the same times the one factor that reconstructs x best,
+        b_enc 0. ValueError where x has no row, or NaN or Inf.
+        """
+        self.init_b_dec(x)
+        if not self.b_dec.isfinite().all():
+            raise ValueError("init_from_data: x holds NaN or Inf")
+        rows = self.normalizer(x.reshape(-1, self.d_in))[0].to(self.W_dec.dtype) - self.b_dec
+        directions = dictionary(rows, self.d_sae, generator)
+        scale = encoder_scale(rows, directions, self.k, self.activation)
+        self.W_dec.copy_(self._own_latents(directions))
+        self.W_enc.copy_(self.W_dec * scale)
+        self.b_enc.zero_()
 
     def encode(self, x: Tensor) -> SparseCode:
         """x [..., d_in] -> the code of its k strongest latents, values in x's dtype, strongest first."""
@@ -181,7 +202,7 @@ class TopKSAE(nn.Module):
         self._check_input(x)
         shape, rows = x.shape[:-1], x.reshape(-1, self.d_in)
         if weight is not None:
-            weight = _checked_weight(weight, x).reshape(-1)
+            weight = checked_weight(weight, x).reshape(-1)
             rows = torch.where((weight > 0).unsqueeze(-1), rows, 0)
         normalized, offset, scale = self.normalizer(rows)
         normalized = normalized.to(self.W_enc.dtype)
@@ -189,7 +210,7 @@ class TopKSAE(nn.Module):
         values, indices, fires, mse = self._compare(normalized, weight, scale_of_error)
         if self.training:
             self._count_firings(values, indices, weight)
-        aux = self._aux(normalized, values, indices, weight) if self.aux_coef else torch.zeros_like(mse)
+        aux = self._aux(normalized, weight) if self.aux_coef else torch.zeros_like(mse)
         mass = summed(fires.new_zeros(()) + fires.shape[0] if weight is None else weight.sum(), self.data_group)
         l0 = (fires if weight is None else fires * weight).sum() / torch.where(mass > 0, mass, 1)
         code = SparseCode(
@@ -256,6 +277,10 @@ class TopKSAE(nn.Module):
     def _decoded(self, values: Tensor, indices: Tensor, b_dec: Tensor | None) -> Tensor:
         return sparse_decode(values, indices, self.W_dec, b_dec)
 
+    def _own_latents(self, t: Tensor) -> Tensor:
+        """The rows of t [d_sae, ...] whose latents this process holds."""
+        return t
+
     def _firing_per_row(self, values: Tensor) -> Tensor:
         return (values != 0).sum(-1, dtype=torch.float32)
 
@@ -282,18 +307,15 @@ class TopKSAE(nn.Module):
         self.rows_since_fired.add_(seen)
         self.rows_since_fired.masked_fill_(fired, 0)
 
-    def _aux(self, x: Tensor, values: Tensor, indices: Tensor, weight: Tensor | None) -> Tensor:
+    def _aux(self, x: Tensor, weight: Tensor | None) -> Tensor:
         dead = self.dead
         if dead.device.type == "cpu" and not torch.compiler.is_compiling() and not bool(dead.any()):
             return x.new_zeros((), dtype=accumulator(x.dtype))  # a look at a CPU tensor is no sync
         m = min(self.d_sae, max(self.k_aux, self.d_sae // 4))
         candidates = self.rows_since_fired.topk(m).indices
         few = slice(0, self._aux_rows_here())
-        centred = x[few].detach() - self.b_dec.detach()
-        y = sparse_decode(values[few].detach(), indices[few], self.W_dec.detach(), None)
         return auxk_loss(
-            centred,
-            centred - y,
+            x[few].detach() - self.b_dec.detach(),
             self.W_enc,
             self.b_enc,
             self.W_dec,
@@ -364,7 +386,7 @@ def _trains_on(x: Tensor) -> bool:
     return torch.is_grad_enabled() and not x.requires_grad and x.dtype in (torch.float32, torch.float64)
 
 
-def _check_sizes(d_in: int, d_sae: int, k: int, k_aux: int | None, aux_rows: int, dead_after: int) -> None:
+def _check_sizes(d_in: int, d_sae: int, k: int, k_aux: int | None, aux_rows: int, dead_after: int | None) -> None:
     op, large = "TopKSAE", 2**31 - 1
     _checks.integer(op, "d_in", d_in, 1, large)
     _checks.integer(op, "d_sae", d_sae, 1, large)
@@ -372,25 +394,5 @@ def _check_sizes(d_in: int, d_sae: int, k: int, k_aux: int | None, aux_rows: int
     if k_aux is not None:
         _checks.integer(op, "k_aux", k_aux, 1, d_sae)
     _checks.integer(op, "aux_rows", aux_rows, 1, large)
-    _checks.integer(op, "dead_after", dead_after, 0, 2**62)
-
-
-def _checked_weight(weight: Tensor, x: Tensor) -> Tensor:
-    _checks.tensor("TopKSAE.loss", "weight", weight)
-    if weight.shape != x.shape[:-1]:
-        shapes = f"weight {tuple(weight.shape)} must have the leading shape of x {tuple(x.shape)}"
-        raise ValueError(f"TopKSAE.loss: {shapes}")
-    if weight.dtype != torch.bool and not weight.is_floating_point():
-        raise TypeError(f"TopKSAE.loss: weight must be bool or floating, got {weight.dtype}")
-    _checks.same_device("TopKSAE.loss", "x", x, "weight", weight)
-    return weight.detach().to(torch.float64 if x.dtype == torch.float64 else torch.float32)
-
-
-def _geometric_median(rows: Tensor, steps: int = 64) -> Tensor:
-    """Weiszfeld's iteration on rows [N, d]."""
-    centre = rows.mean(0)
-    floor = torch.finfo(rows.dtype).eps * rows.abs().max().clamp(min=1)
-    for _ in range(steps):
-        pull = 1 / (rows - centre).norm(dim=-1).clamp(min=floor)
-        centre = pull @ rows / pull.sum()
-    return centre
+    if dead_after is not None:
+        _checks.integer(op, "dead_after", dead_after, 0, 2**62)

@@ -47,7 +47,7 @@ class ShardedTopKSAE(TopKSAE):
         super().__init__(d_in, d_sae, k, **options)
         self.shard_group, self._size, self._rank = shard_group, size, self_rank
         for name in self.sharded:
-            mine = getattr(self, name).detach().chunk(size)[self_rank].clone()
+            mine = self._own_latents(getattr(self, name).detach()).clone()
             setattr(self, name, nn.Parameter(mine) if name in self._parameters else mine)
         self._sum_gradient()
 
@@ -85,6 +85,9 @@ class ShardedTopKSAE(TopKSAE):
         part = sparse_decode(torch.where(mine, values, 0), torch.where(mine, here, 0), self.W_dec, None)
         y = summed(part, self.shard_group)
         return y if b_dec is None else y + b_dec
+
+    def _own_latents(self, t: Tensor) -> Tensor:
+        return t.chunk(self._size)[self._rank]
 
     def _choose(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The chosen slots whose latents are here, by their number here; the others hold value 0."""
@@ -125,7 +128,7 @@ class ShardedTopKSAE(TopKSAE):
         b_dec = self.b_dec if self._rank == 0 else self.b_dec.detach()
         return squared_error(y + b_dec, x, weight) / scale
 
-    def _aux(self, x: Tensor, values: Tensor, indices: Tensor, weight: Tensor | None) -> Tensor:
+    def _aux(self, x: Tensor, weight: Tensor | None) -> Tensor:
         """As in TopKSAE: the same candidates, the same k_aux of them per row, the same denominator."""
         silent = self._gathered(self.rows_since_fired[None]).squeeze(0)
         dead = silent > self.dead_after
@@ -135,17 +138,13 @@ class ShardedTopKSAE(TopKSAE):
         candidates[silent.topk(min(self.d_sae, max(self.k_aux, self.d_sae // 4))).indices] = True
         mine = (candidates & dead).chunk(self._size)[self._rank]
         few = slice(0, self._aux_rows_here())
-        centred = x[few].detach() - self.b_dec.detach()
-        explained = summed(
-            sparse_decode(values[few].detach(), indices[few], self.W_dec.detach(), None), self.shard_group
-        )
-        residual, rows = centred - explained, None if weight is None else weight[few]
+        centred, rows = x[few].detach() - self.b_dec.detach(), None if weight is None else weight[few]
         k = min(self.k_aux, self.W_enc.shape[0])
         found, at = topk_encode(centred, self.W_enc, self.b_enc, k, activation=self.activation, latent_mask=mine)
         scores = torch.where(mine[at.long()], self._scores(found.detach()), -torch.inf)
         found, at = self._survivors(found, at, scores, self.k_aux)
-        left = squared_error(_Summed.apply(sparse_decode(found, at, self.W_dec), self.shard_group), residual, rows)
-        energy = summed(squared_error(torch.zeros_like(residual), residual, rows), self.data_group)
+        left = squared_error(_Summed.apply(sparse_decode(found, at, self.W_dec), self.shard_group), centred, rows)
+        energy = summed(squared_error(torch.zeros_like(centred), centred, rows), self.data_group)
         return torch.where(dead.any(), left / torch.where(energy > 0, energy, 1), 0)
 
 
