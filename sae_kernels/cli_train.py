@@ -190,7 +190,7 @@ def _new_sae(known: Tensor, values: dict[str, Any], options: argparse.Namespace,
             sae = modules.ShardedTopKSAE(*sizes, normalize=options.normalize, shard_group=ranks.shard)
         if options.normalize == "global":
             sae.fit_normalizer(known)
-        sae.init_from_data(known[:SAMPLE])
+        sae.init_b_dec(known[:SAMPLE])
     return sae
 
 

@@ -87,19 +87,6 @@ def test_gradients_and_dead_counters_are_those_of_the_whole(tmp_path):
     assert run_ranks(4, tmp_path, _gradients) == [None] * 4
 
 
-def _start(rank, size):
-    whole, sharded = new_sae(), sharded_sae()
-    for sae in (whole, sharded):
-        sae.init_from_data(activations(300), torch.Generator().manual_seed(4))
-    for name in ("W_enc", "W_dec", "b_enc"):
-        assert torch.equal(getattr(sharded, name), block(getattr(whole, name), rank, size))
-    assert torch.equal(sharded.b_dec, whole.b_dec)
-
-
-def test_the_start_from_data_is_that_of_the_whole(tmp_path):
-    assert run_ranks(2, tmp_path, _start) == [None] * 2
-
-
 def _fit(rank, size, path, shards, options):
     """Trains over `shards` processes to an SAE, and as many copies as the others make up."""
     groups = [dist.new_group(range(i, i + shards)) for i in range(0, size, shards)]

@@ -31,7 +31,7 @@ from ..train.sources import as_source
 K = 20  # the length of a recommendation list
 ROWS = 1024  # rows of one SAE step
 KEEP = (0.2, 1.0)  # the share of a history that a random sub-history keeps
-STARTED = 16  # batches of rows from which an SAE starts
+STARTED = 16  # batches of rows whose mean an SAE starts from
 COUNTED = 64  # batches on which it is counted how often each latent fires
 LR, DECAY = 3e-3, 0.5  # of the SAE, tuned on goodbooks10k
 POSITIONS = 60_000  # positions of sequences on which latents are compared with concepts
@@ -126,15 +126,16 @@ def train_recommender(model: nn.Module, parts: Parts, config: Any, progress: Cal
 
 
 def new_sae(model: nn.Module, parts: Parts, config: Any, **options: Any) -> TopKSAE:
-    """An SAE of config.width * config.d latents that starts on rows drawn as in training; options: as TopKSAE takes
-    them, before those of config.
+    """An untrained SAE of config.width * config.d latents about the mean of rows drawn as in training; options: as
+    TopKSAE takes them, before those of config.
     """
+    generator = torch.Generator().manual_seed(config.seed)
     options = {"normalize": config.normalize, **options}
-    sae = TopKSAE(config.d, config.width * config.d, config.k, **options)
+    sae = TopKSAE(config.d, config.width * config.d, config.k, generator=generator, **options)
     rows = torch.cat(list(fresh_rows(model, parts, config, 1, STARTED)))
     if options["normalize"] == "global":
         sae.fit_normalizer(rows)
-    sae.init_from_data(rows, torch.Generator().manual_seed(mix_seed(config.seed, 3)))
+    sae.init_b_dec(rows)
     return sae
 
 

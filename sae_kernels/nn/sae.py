@@ -15,7 +15,6 @@ from ..ops.topk_encode import ACTIVATIONS
 from .code import SparseCode
 from .constrain import ConstraintHandle, normalize_rows_, project_rows_
 from .group import summed
-from .initial import dictionary, encoder_scale, geometric_median
 from .loss import (
     SAELoss,
     auxk_loss,
@@ -123,32 +122,17 @@ class TopKSAE(nn.Module):
 
     @torch.no_grad()
     def init_b_dec(self, x: Tensor, method: str = "mean") -> None:
-        """Sets b_dec to the "mean" or the "geometric_median" of the normalised x [..., d_in]."""
+        """Sets b_dec to the "mean" or the "geometric_median" of the normalised x [..., d_in].
+
+        Without it the latents that point to the mean of the rows fire on all of them, and others never.
+        """
         self._check_input(x)
         if method not in ("mean", "geometric_median"):
             raise ValueError(f"init_b_dec: method must be mean or geometric_median, got {method!r}")
         rows = self.normalizer(x.reshape(-1, self.d_in))[0].double()
         if rows.shape[0] == 0:
             raise ValueError(f"init_b_dec: x {tuple(x.shape)} has no rows")
-        self.b_dec.copy_(rows.mean(0) if method == "mean" else geometric_median(rows))
-
-    @torch.no_grad()
-    def init_from_data(self, x: Tensor, generator: torch.Generator | None = None) -> None:
-        """Starts the SAE on x [..., d_in], a sample: latents that point to data fire on data, and few of them die.
-
-        b_dec becomes the mean of the normalised rows, rows of W_dec the directions of random ones from there (random
-        directions where x has fewer rows than d_sae), W_enc the same times the one factor that reconstructs x best,
-        b_enc 0. ValueError where x has no row, or NaN or Inf.
-        """
-        self.init_b_dec(x)
-        if not self.b_dec.isfinite().all():
-            raise ValueError("init_from_data: x holds NaN or Inf")
-        rows = self.normalizer(x.reshape(-1, self.d_in))[0].to(self.W_dec.dtype) - self.b_dec
-        directions = dictionary(rows, self.d_sae, generator)
-        scale = encoder_scale(rows, directions, self.k, self.activation)
-        self.W_dec.copy_(self._own_latents(directions))
-        self.W_enc.copy_(self.W_dec * scale)
-        self.b_enc.zero_()
+        self.b_dec.copy_(rows.mean(0) if method == "mean" else _geometric_median(rows))
 
     def encode(self, x: Tensor) -> SparseCode:
         """x [..., d_in] -> the code of its k strongest latents, values in x's dtype, strongest first."""
@@ -277,10 +261,6 @@ class TopKSAE(nn.Module):
     def _decoded(self, values: Tensor, indices: Tensor, b_dec: Tensor | None) -> Tensor:
         return sparse_decode(values, indices, self.W_dec, b_dec)
 
-    def _own_latents(self, t: Tensor) -> Tensor:
-        """The rows of t [d_sae, ...] whose latents this process holds."""
-        return t
-
     def _firing_per_row(self, values: Tensor) -> Tensor:
         return (values != 0).sum(-1, dtype=torch.float32)
 
@@ -396,3 +376,13 @@ def _check_sizes(d_in: int, d_sae: int, k: int, k_aux: int | None, aux_rows: int
     _checks.integer(op, "aux_rows", aux_rows, 1, large)
     if dead_after is not None:
         _checks.integer(op, "dead_after", dead_after, 0, 2**62)
+
+
+def _geometric_median(rows: Tensor, steps: int = 64) -> Tensor:
+    """Weiszfeld's iteration on rows [N, d]."""
+    centre = rows.mean(0)
+    floor = torch.finfo(rows.dtype).eps * rows.abs().max().clamp(min=1)
+    for _ in range(steps):
+        pull = 1 / (rows - centre).norm(dim=-1).clamp(min=floor)
+        centre = pull @ rows / pull.sum()
+    return centre

@@ -47,7 +47,7 @@ class ShardedTopKSAE(TopKSAE):
         super().__init__(d_in, d_sae, k, **options)
         self.shard_group, self._size, self._rank = shard_group, size, self_rank
         for name in self.sharded:
-            mine = self._own_latents(getattr(self, name).detach()).clone()
+            mine = getattr(self, name).detach().chunk(size)[self_rank].clone()
             setattr(self, name, nn.Parameter(mine) if name in self._parameters else mine)
         self._sum_gradient()
 
@@ -85,9 +85,6 @@ class ShardedTopKSAE(TopKSAE):
         part = sparse_decode(torch.where(mine, values, 0), torch.where(mine, here, 0), self.W_dec, None)
         y = summed(part, self.shard_group)
         return y if b_dec is None else y + b_dec
-
-    def _own_latents(self, t: Tensor) -> Tensor:
-        return t.chunk(self._size)[self._rank]
 
     def _choose(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The chosen slots whose latents are here, by their number here; the others hold value 0."""
