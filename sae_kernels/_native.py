@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-ISAS = ("generic", "avx2", "avx512")
+ISAS = ("generic", "avx2", "avx512", "avx512_bf16")
 
 _here = Path(__file__).parent
 

@@ -5,6 +5,7 @@
 // its rows' thresholds (with its latents' own where those are given) and dropped unless something passes: pre-activations
 // are never stored. Panels of latents are visited in a scattered order, so that scores sorted by latent raise the threshold
 // as fast as random ones.
+// Numbers are widened as they are packed, but bf16 stays in pairs where the CPU multiplies those (subnormal ones count as 0).
 // Few rows take another way (encode_few): dot products straight from W_enc, latents split over the threads.
 #pragma once
 
@@ -30,12 +31,17 @@ struct Scatter {
   int64_t operator()(int64_t i) const { return i * step % n; }
 };
 
-// space: d_in x NR weights, NR biases, NR thresholds.
-template <class Args, class A>
+template <int Width, bool Pairs, class T> inline void pack_rows(const T* const* rows, int n, int64_t d_in, Acc<T>* out) {
+  if constexpr (Pairs) pack_pairs<Width>(rows, n, d_in, out);
+  else pack<Width>(rows, n, d_in, out);
+}
+
+// space: words(d_in) x NR of weights, NR biases, NR thresholds.
+template <bool Pairs, class Args, class A>
 void pack_panel(const Args& args, const Competitors& competitors, int64_t panel, Panel<A>& out, A* space, int32_t* latents) {
   constexpr int NR = kNR<A>;
   const typename Args::Input* rows[NR];
-  A *bias = space + args.d_in * NR, *thresholds = bias + NR;
+  A *bias = space + words<Pairs>(args.d_in) * NR, *thresholds = bias + NR;
   out = {space, bias, thresholds, latents, static_cast<int>(std::min<int64_t>(NR, competitors.count - panel * NR))};
   for (int i = 0; i < out.n; ++i) {
     latents[i] = competitors[panel * NR + i];
@@ -44,7 +50,7 @@ void pack_panel(const Args& args, const Competitors& competitors, int64_t panel,
   for (int i = 0; i < NR; ++i) bias[i] = args.bias && i < out.n ? to_acc(args.bias[latents[i]]) : A(0);
   if constexpr (Args::kFixed)
     for (int i = 0; i < NR; ++i) thresholds[i] = i < out.n ? static_cast<A>(args.thresholds[latents[i]]) : A(0);
-  pack<NR>(rows, out.n, args.d_in, space);
+  pack_rows<NR, Pairs>(rows, out.n, args.d_in, space);
 }
 
 // Room for the candidates of n rows.
@@ -91,27 +97,27 @@ void finish_row(const Args& args, int64_t r, Row<A>& row, const Candidates<A>& c
   else write(competitors, floor_of<A>(args.activation));
 }
 
-template <class Args> void encode_many(const Args& args) {
+template <bool Pairs, class Args> void encode_many(const Args& args) {
   using T = typename Args::Input;
   using A = Acc<T>;
   constexpr int NR = kNR<A>;
-  const int64_t d_in = args.d_in, k = args.k, workers = num_threads();
+  const int64_t d_in = args.d_in, steps = words<Pairs>(d_in), k = args.k, workers = num_threads();
   const Competitors competitors{args.competitors, args.n_competitors, args.rest};
   const int64_t capacity = capacity_of<A>(k);
 
   const int64_t n_panels = (competitors.count + NR - 1) / NR;
-  const int64_t panel_size = NR * d_in, padded = (panel_size + 2 * NR + 15) / 16 * 16;
+  const int64_t panel_size = NR * steps, padded = (panel_size + 2 * NR + 15) / 16 * 16;
   const int64_t block = std::clamp<int64_t>(kBlockBytes / (padded * sizeof(A)), 1, n_panels);
   const int64_t chunk = std::min(args.rows, std::max<int64_t>(kMR * workers, kCandidateBytes / (capacity * (sizeof(A) + 4))));
   // rows too few to go round: the workers share the panels of each tile, each with candidates of its own
   const int64_t splits = chunk >= 8 * kMR * workers ? 1 : std::min(workers, block);
-  const int64_t fits = kTileBytes / (std::max<int64_t>(d_in, 1) * sizeof(A)), fair = (chunk * splits + workers - 1) / workers;
+  const int64_t fits = kTileBytes / (std::max<int64_t>(steps, 1) * sizeof(A)), fair = (chunk * splits + workers - 1) / workers;
   const int64_t tile = (std::clamp<int64_t>(std::min(fits, fair), kMR, 20 * kMR) + kMR - 1) / kMR * kMR;
 
   const int64_t seed = Args::kFixed ? 0 : seed_panels<A>(k, panel_size, block / splits);
   const int64_t seed_ranks = (kMR + 1) * seed * NR + kMR * seed;  // and a word of signs per row and panel
 
-  Buffer<A> packed(block * padded), tiles(workers * tile * d_in);
+  Buffer<A> packed(block * padded), tiles(workers * tile * steps);
   Buffer<Rank<A>> ranks(workers * seed_ranks);
   Buffer<Panel<A>> panels(block);
   Buffer<int32_t> latents(block * NR);
@@ -135,26 +141,26 @@ template <class Args> void encode_many(const Args& args) {
       const int64_t m = std::min(block, n_panels - p0);
       if (c0 == 0 || m < n_panels) {
         share_out(m, workers, [&](int64_t, int64_t p) {
-          pack_panel(args, competitors, scatter(p0 + p), panels[p], packed + p * padded, latents + p * NR);
+          pack_panel<Pairs>(args, competitors, scatter(p0 + p), panels[p], packed + p * padded, latents + p * NR);
         });
       }
       share_out(n_tiles * splits, workers, [&](int64_t worker, int64_t task) {
         const int64_t split = task % splits, r0 = task / splits * tile, rows = std::min(tile, n - r0);
         const int64_t first = m * split / splits, count = m * (split + 1) / splits - first, place = split * chunk + r0;
-        A* packed_x = tiles + worker * tile * d_in;
+        A* packed_x = tiles + worker * tile * steps;
         for (int64_t r = 0; r < rows; r += kMR) {
           const T* source[kMR];
           const int filled = static_cast<int>(std::min<int64_t>(kMR, rows - r));
           for (int i = 0; i < filled; ++i) source[i] = args.x + (c0 + r0 + r + i) * d_in;
-          pack<kMR>(source, filled, d_in, packed_x + r * d_in);
+          pack_rows<kMR, Pairs>(source, filled, d_in, packed_x + r * steps);
         }
         const bool abs = args.activation == kAbs;
         const int64_t done = p0 == 0 ? std::min(seed, count) : 0;
         if (!Args::kFixed && done > 0)
-          (abs ? seed_tile<A, true> : seed_tile<A, false>)(packed_x, rows, panels + first, done, d_in, state + place,
-                                                           candidates.row(place), k, ranks + worker * seed_ranks);
-        (abs ? filter_tile<A, true, Args::kFixed> : filter_tile<A, false, Args::kFixed>)(
-            packed_x, rows, panels + (first + done), count - done, d_in, state + place, passed + place, candidates.row(place), k);
+          (abs ? seed_tile<A, true, Pairs> : seed_tile<A, false, Pairs>)(
+              packed_x, rows, panels + first, done, steps, state + place, candidates.row(place), k, ranks + worker * seed_ranks);
+        (abs ? filter_tile<A, true, Pairs, Args::kFixed> : filter_tile<A, false, Pairs, Args::kFixed>)(
+            packed_x, rows, panels + (first + done), count - done, steps, state + place, passed + place, candidates.row(place), k);
         if (splits == 1 && p0 + m == n_panels)
           for (int64_t r = r0; r < r0 + rows; ++r) write(worker, r);
       });
@@ -215,7 +221,12 @@ template <class Args> void encode_rows(const Args& args) {
     if constexpr (Args::kFixed) std::fill(args.counts, args.counts + args.rows, 0);
     return;
   }
-  args.rows <= kFewRows ? encode_few(args) : encode_many(args);
+  if (args.rows <= kFewRows) return encode_few(args);
+#if defined(__AVX512F__)
+  if constexpr (std::is_same_v<typename Args::Input, bf16>)
+    if (cpu_isa() == kAvx512Bf16) return encode_many<true>(args);
+#endif
+  encode_many<false>(args);
 }
 
 }  // namespace SK_ISA

@@ -13,6 +13,9 @@ constexpr int kMR = 6;
 #endif
 template <class A> constexpr int kNR = 2 * kLanes<A>;
 
+// How many words of an accumulator one row of a packed tile takes: its numbers, widened, or (Pairs) two bf16 to the word.
+template <bool Pairs> inline int64_t words(int64_t d_in) { return Pairs ? (d_in + 1) / 2 : d_in; }
+
 // out[c * Width + r] = rows[r][c]; rows beyond n are zero
 template <int Width, class T>
 inline void pack(const T* const* rows, int n, int64_t d_in, Acc<T>* out) {
@@ -23,6 +26,25 @@ inline void pack(const T* const* rows, int n, int64_t d_in, Acc<T>* out) {
       if (r < n) for (int64_t c = c0; c < c1; ++c) out[c * Width + r] = to_acc(rows[r][c]);
       else for (int64_t c = c0; c < c1; ++c) out[c * Width + r] = Acc<T>(0);
     }
+  }
+}
+
+// The same, numbers 2 c and 2 c + 1 side by side in a word.
+template <int Width>
+inline void pack_pairs(const bf16* const* rows, int n, int64_t d_in, float* out) {
+  constexpr int64_t kStep = 16;
+  const int64_t whole = d_in / 2;
+  for (int64_t c0 = 0; c0 < whole; c0 += kStep) {
+    const int64_t c1 = std::min(c0 + kStep, whole);
+    for (int r = 0; r < Width; ++r)
+      for (int64_t c = c0; c < c1; ++c) {
+        if (r < n) std::memcpy(out + c * Width + r, rows[r] + 2 * c, sizeof(float));
+        else out[c * Width + r] = 0;
+      }
+  }
+  for (int r = 0; d_in % 2 && r < Width; ++r) {
+    const bf16 last[2] = {r < n ? rows[r][d_in - 1] : bf16{}, {}};
+    std::memcpy(out + whole * Width + r, last, sizeof last);
   }
 }
 
@@ -59,21 +81,34 @@ template <class A> inline uint32_t above(Vec<A> score, Vec<A> thresholds) {
 
 template <class A> inline Vec<A> magnitude(Vec<A> v) { return v < Vec<A>{} ? -v : v; }
 
-// acc[r][v] = bias + sum_c a[c][r] * b[c][v]
-template <class A>
-inline __attribute__((always_inline)) void multiply(const A* a, const A* b, const A* bias, int64_t d_in, Vec<A> (&acc)[kMR][2]) {
+// acc + a x b, where a word holds two bf16. In assembly, so that the same unit runs where this instruction is missing.
+template <class A> inline __attribute__((always_inline)) Vec<A> add_pairs(Vec<A> acc, const A* a, Vec<A> b) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(A) == 4) asm("vdpbf16ps %1%{1to16%}, %2, %0" : "+v"(acc) : "m"(*a), "v"(b));
+#endif
+  return acc;
+}
+
+// acc[r][v] = bias + sum_c a[c][r] * b[c][v], over `steps` words
+template <bool Pairs, class A>
+inline __attribute__((always_inline)) void multiply(const A* a, const A* b, const A* bias, int64_t steps, Vec<A> (&acc)[kMR][2]) {
   constexpr int L = kLanes<A>;
 #pragma GCC unroll 16
   for (int r = 0; r < kMR; ++r) {
     acc[r][0] = load(bias);
     acc[r][1] = load(bias + L);
   }
-  for (int64_t c = 0; c < d_in; ++c, a += kMR, b += 2 * L) {
+  for (int64_t c = 0; c < steps; ++c, a += kMR, b += 2 * L) {
     const Vec<A> b0 = load(b), b1 = load(b + L);
 #pragma GCC unroll 16
     for (int r = 0; r < kMR; ++r) {
-      acc[r][0] += a[r] * b0;
-      acc[r][1] += a[r] * b1;
+      if constexpr (Pairs) {
+        acc[r][0] = add_pairs<A>(acc[r][0], a + r, b0);
+        acc[r][1] = add_pairs<A>(acc[r][1], a + r, b1);
+      } else {
+        acc[r][0] += a[r] * b0;
+        acc[r][1] += a[r] * b1;
+      }
     }
   }
 }
@@ -122,8 +157,8 @@ template <class A> inline int64_t fold(const Rank<A>* ranks, int64_t width, int6
 
 // The first panels of a tile, while every row's threshold still lies at the floor: all their ranks are kept in cache, and
 // the row starts with the best of them, at a few vector operations per panel.
-template <class A, bool Abs>
-void seed_tile(const A* tile, int64_t rows, const Panel<A>* panels, int64_t n_panels, int64_t d_in, Row<A>* state,
+template <class A, bool Abs, bool Pairs>
+void seed_tile(const A* tile, int64_t rows, const Panel<A>* panels, int64_t n_panels, int64_t steps, Row<A>* state,
                const Candidates<A>& candidates, int64_t k, Rank<A>* ranks) {
   constexpr int L = kLanes<A>, NR = kNR<A>;
   const int64_t width = n_panels * NR;
@@ -133,7 +168,7 @@ void seed_tile(const A* tile, int64_t rows, const Panel<A>* panels, int64_t n_pa
     const int n = static_cast<int>(std::min<int64_t>(kMR, rows - r0));
     for (int64_t p = 0; p < n_panels; ++p) {
       Vec<A> acc[kMR][2];
-      multiply<A>(tile + r0 * d_in, panels[p].weights, panels[p].bias, d_in, acc);
+      multiply<Pairs, A>(tile + r0 * steps, panels[p].weights, panels[p].bias, steps, acc);
 #pragma GCC unroll 16
       for (int r = 0; r < kMR; ++r) {
         const Vec<Rank<A>> first = rank_of<A>(Abs ? magnitude<A>(acc[r][0]) : acc[r][0]);
@@ -167,13 +202,13 @@ void seed_tile(const A* tile, int64_t rows, const Panel<A>* panels, int64_t n_pa
 
 // One tile of rows against one block of panels. Fixed: the panels' own thresholds decide who is a candidate, and `passed`
 // counts them per row; else the rows' running ones do.
-template <class A, bool Abs, bool Fixed>
-void filter_tile(const A* tile, int64_t rows, const Panel<A>* panels, int64_t n_panels, int64_t d_in, Row<A>* state,
+template <class A, bool Abs, bool Pairs, bool Fixed>
+void filter_tile(const A* tile, int64_t rows, const Panel<A>* panels, int64_t n_panels, int64_t steps, Row<A>* state,
                  int32_t* passed, const Candidates<A>& candidates, int64_t k) {
   for (int64_t p = 0; p < n_panels; ++p) {
     for (int64_t r0 = 0; r0 < rows; r0 += kMR) {
       Vec<A> acc[kMR][2];
-      multiply<A>(tile + r0 * d_in, panels[p].weights, panels[p].bias, d_in, acc);
+      multiply<Pairs, A>(tile + r0 * steps, panels[p].weights, panels[p].bias, steps, acc);
       const int n = static_cast<int>(std::min<int64_t>(kMR, rows - r0));
 #pragma GCC unroll 16
       for (int r = 0; r < kMR; ++r) {

@@ -84,7 +84,7 @@ template <class T> inline Vec<Acc<T>> load(const T* p) {
   } else {
 #if defined(__AVX512F__)
     const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
-    if constexpr (__is_same(T, bf16)) v = (Vec<float>)_mm512_maskz_slli_epi32(0xffff, _mm512_maskz_cvtepu16_epi32(0xffff, half), 16);
+    if constexpr (__is_same(T, bf16)) v = (Vec<float>)((Vec<uint32_t>)_mm512_maskz_cvtepu16_epi32(0xffff, half) << 16);
     else v = (Vec<float>)_mm512_maskz_cvtph_ps(0xffff, half);
 #elif defined(__AVX2__)
     const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));

@@ -16,7 +16,7 @@ from . import peers
 from .call import Call, Unsupported, leaf
 from .workload import Workload
 
-ISAS = ("avx512", "avx2", "generic")
+ISAS = ("avx512_bf16", "avx512", "avx2", "generic")
 
 
 class Built(NamedTuple):
