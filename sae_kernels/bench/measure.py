@@ -245,15 +245,19 @@ def peak_extra_bytes(run: Callable[[], Any], op: str, mode: str, case: Case, dev
 
 
 def device_name(device: str) -> str:
-    """CPU: the model and the threads torch uses."""
+    """CPU: the model, its family and number where those say more than the name, and the threads torch uses."""
     if is_cuda(device):
         return torch.cuda.get_device_name(device)
-    model = "cpu"
+    facts: dict[str, str] = {}
     with contextlib.suppress(OSError):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), model)
+        for line in Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines():
+            name, _, value = line.partition(":")
+            facts[name.strip()] = value.strip()
+    name = facts.get("model name", "cpu")
+    if not any(c.isdigit() for c in name) and "cpu family" in facts:  # as virtual machines have it
+        name += f" family {facts['cpu family']} model {facts['model']}"
     threads = torch.get_num_threads()
-    return f"{model}, {threads} thread{'s' if threads > 1 else ''}"
+    return f"{name}, {threads} thread{'s' if threads > 1 else ''}"
 
 
 def slug(name: str) -> str:
