@@ -35,12 +35,9 @@ def step(loss: Callable[[], Tensor], sae: nn.Module, grads: Callable[[], tuple[T
 # eai-sparsify
 
 
-def _sparsify():
-    if not torch.cuda.is_available():
-        os.environ.setdefault("SPARSIFY_DISABLE_TRITON", "1")  # its documented switch; its Triton decoder needs a GPU
-    import sparsify
-
-    return sparsify
+# its documented switch, which it reads when imported: its Triton decoder needs a GPU
+if not torch.cuda.is_available():
+    os.environ.setdefault("SPARSIFY_DISABLE_TRITON", "1")
 
 
 def _sparsify_encode(x: Tensor, W: Tensor, b: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -51,12 +48,10 @@ def _sparsify_encode(x: Tensor, W: Tensor, b: Tensor, k: int) -> tuple[Tensor, T
 
 
 def _sparsify_encode_forward(w: Workload) -> Call:
-    _sparsify()
     return Call(torch.no_grad()(lambda: _sparsify_encode(w.x, w.W_enc, w.b_enc, w.case.k)))
 
 
 def _sparsify_encode_backward(w: Workload) -> Call:
-    _sparsify()
     W, b = leaf(w.W_enc), leaf(w.b_enc)
     values, indices = _sparsify_encode(w.x, W, b, w.case.k)
     run = lambda: torch.autograd.grad(values, (W, b), w.grad_values, retain_graph=True)  # noqa: E731
@@ -76,7 +71,9 @@ def _sparsify_decode_backward(w: Workload) -> Call:
 
 
 def _sparsify_sae(w: Workload) -> nn.Module:
-    sparsify, c = _sparsify(), w.case
+    import sparsify
+
+    c = w.case
     sae = sparsify.Sae(c.d_in, sparsify.SaeConfig(num_latents=c.d_sae, k=c.k), w.device, w.dtype)
     copy_weights(sae.encoder.weight, w.W_enc, sae.encoder.bias, w.b_enc, sae.W_dec, w.W_dec, sae.b_dec, w.b_dec)
     return sae
