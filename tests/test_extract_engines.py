@@ -54,7 +54,8 @@ def test_torchrun_with_two_processes(tmp_path, undisturbed):
             return x
         store = run(Sequences(), "encoder", ids(300), sys.argv[1], mask=real, shuffle=1, shard_mb=0.01,
                     engine="torchrun", prepare=prepare)
-        print(os.environ["RANK"], store.rows, len(calls), flush=True)
+        with open(f"{sys.argv[1]}.{sys.argv[2]}.{os.environ['RANK']}", "w") as file:
+            print(store.rows, len(calls), file=file)
         """,
     )
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port"]
@@ -68,9 +69,9 @@ def test_torchrun_with_two_processes(tmp_path, undisturbed):
         ActivationStore.open(tmp_path / "s")
     done = start(free_port(), "whole")
     assert done.returncode == 0, done.stderr
-    ranks = dict((line.split()[0], line.split()[1:]) for line in done.stdout.splitlines())
-    assert ranks.keys() == {"0", "1"} and {rows for rows, _ in ranks.values()} == {str(undisturbed.rows)}
-    assert all(1 < int(calls) < 38 for _, calls in ranks.values()), "both made a share, neither made all"
+    ranks = [(tmp_path / f"s.whole.{rank}").read_text().split() for rank in (0, 1)]
+    assert {rows for rows, _ in ranks} == {str(undisturbed.rows)}
+    assert all(1 < int(calls) < 38 for _, calls in ranks), "both made a share, neither made all"
     assert same(ActivationStore.open(tmp_path / "s"), undisturbed)
 
 
