@@ -4,7 +4,7 @@
                                                             then a sweep of the Triton configurations
     python -m benchmarks.gpu --out DIR --resume EARLIER     what EARLIER lacks: the other cases, torch.compile
     python -m benchmarks.gpu --out DIR --resume EARLIER --profile
-                                                            and then the time per kernel
+                                                            and then the time per kernel of the headline cases
 
 Everything ends within --minutes. What is worth most comes first: tests of all ops at once, each in a process of its
 own, while the kernels of the cases compile beside them; the headline case of every op; the rest. Whatever is cut off
@@ -37,7 +37,7 @@ from sae_kernels.bench.cases import ALIASES
 from sae_kernels.bench.runner import machine_facts
 
 from . import cells, checks, targets
-from .plan import first_of_each_op, plan
+from .plan import plan
 from .warm import warming
 
 TESTS_SHARE = 0.6  # of the time, at most, for building and testing
@@ -56,7 +56,7 @@ def options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--tests", type=Path, default=checks.TESTS, help="folder of the tests that come first")
     parser.add_argument("--no-build", action="store_true", help="the native libraries are built already")
     parser.add_argument("--tune", action="store_true", help="time the headline cases alone, then sweep configurations")
-    parser.add_argument("--profile", action="store_true", help="then the time per kernel of the first case of each op")
+    parser.add_argument("--profile", action="store_true", help="then the time per kernel of the headline cases, also where tests failed")
     chosen = parser.parse_args(arguments)
     chosen.op = [ALIASES.get(op, op) for op in chosen.op]
     for op in chosen.op:
@@ -98,19 +98,18 @@ def main(arguments: list[str] | None = None) -> int:
     cells.measure_all(state, out / "state.json")
     (out / "state.json").unlink(missing_ok=True)
     print(f"\n{targets.report(table.read_all(folder))}", flush=True)
-    if chosen.tune:
-        os.environ.update(checks.environment(chosen.device))  # before the kernels are imported
-        from .tune import tune
-
-        tune(chosen.device, out, deadline)
+    os.environ.update(checks.environment(chosen.device))  # before the kernels are imported
     if chosen.profile:
         from .profile import profiled
 
-        first = first_of_each_op(plan(chosen.device, tuple(chosen.op)))
-        text = profiled([cell for cell in first if cell.op not in (*shut, "first_call")], chosen.device)
+        text = profiled(plan(chosen.device, tuple(chosen.op), headline=True), chosen.device)
         with log.open("a") as file:
             file.write(text + "\n")
         print(f"\n{text}", flush=True)
+    if chosen.tune:
+        from .tune import tune
+
+        tune(chosen.device, out, deadline)
     print(f"{time.time() - start:.0f} s; rows in {folder}/", flush=True)
     return 1 if shut else 0
 

@@ -26,6 +26,7 @@ NEEDS = {
     "first_call": ("topk_encode",),
 }
 BUILD_SECONDS = 240
+GRACE_SECONDS = 8
 
 
 def gates(tests: Path) -> dict[str, list[Path]]:
@@ -114,6 +115,16 @@ def _pytest(files: list[Path], log: Path, seconds: float, device: str, workers: 
     return "; ".join(filter(None, [status if status != "ok" else "none passed", counts.strip("= "), *failed[:2]]))[:400]
 
 
+def _stopped(process: subprocess.Popen) -> str:
+    """What it printed: pytest, when interrupted, still tells of the failures so far."""
+    process.send_signal(signal.SIGINT)
+    try:
+        return process.communicate(timeout=GRACE_SECONDS)[0]
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)  # the workers of pytest-xdist too: they hold the pipe open
+        return process.communicate()[0]
+
+
 def _run(command: list[str], log: Path, seconds: float, extra: dict[str, str]) -> tuple[str, str]:
     """ "ok" or what went wrong, and what was printed, which is also appended to the log."""
     options = {"cwd": ROOT, "env": {**os.environ, **extra}, "text": True, "start_new_session": True}
@@ -122,8 +133,7 @@ def _run(command: list[str], log: Path, seconds: float, extra: dict[str, str]) -
             output = process.communicate(timeout=seconds)[0]
             status = "ok" if process.returncode == 0 else f"ended with code {process.returncode}"
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)  # the workers of pytest-xdist too: they hold the pipe open
-            output = process.communicate()[0]
+            output = _stopped(process)
             status = f"did not end within {seconds:.0f} s"
     with log.open("a") as file:
         file.write(f"$ {' '.join(command)}\n{output}\n{status}\n\n")

@@ -79,13 +79,6 @@ def plan(device: str, ops: tuple[str, ...] = (), headline: bool = False) -> list
     return cells + [cell._replace(compiled=True) for cell in cells if cell.case in HEADLINE and cell[:2] in CAN_COMPILE]
 
 
-def first_of_each_op(cells: list[Cell]) -> list[Cell]:
-    found: dict[tuple[str, str], Cell] = {}
-    for cell in cells:
-        found.setdefault((cell.op, cell.mode), cell)
-    return list(found.values())
-
-
 def smaller(case: Case, rows: int) -> Case:
     """The case with at most so many rows: configurations depend on the weights alone."""
     return replace(case, rows=min(case.rows, rows))
