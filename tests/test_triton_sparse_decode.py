@@ -47,7 +47,7 @@ def test_codes_multiplied_whole(monkeypatch, dtype):
     """The rule's two sides agree; several chunks of rows, a repeated index, one that is out of range."""
     values, indices, W, b = on_device(*case(40, 6, 60, 37, dtype))
     indices[3, 1] = indices[3, 0]
-    want, calls = oracle(values, indices, W, b, torch.zeros(40, 37))[0], []
+    want, calls = oracle(values, indices, W, b, values.new_zeros(40, 37))[0], []
     wrong = indices.clone()
     wrong[7, 2], wrong[9, 0] = 60, -1
     original = kernel.decode_dense

@@ -6,17 +6,20 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor
 
+# asked once: not every torch can trace the question in a compiled graph
+_DEVICES = tuple(kind for kind in ("cpu", "cuda", "xpu", "mps") if torch.amp.is_autocast_available(kind))
+
 
 def widened(weight: object, *tensors: Tensor | None) -> tuple:
     """The tensors in the weight's dtype where autocast is on for its device; else as they came."""
-    on = isinstance(weight, Tensor) and torch.amp.is_autocast_available(weight.device.type)
-    if not on or not torch.is_autocast_enabled(weight.device.type):
+    known = isinstance(weight, Tensor) and weight.device.type in _DEVICES
+    if not known or not torch.is_autocast_enabled(weight.device.type):
         return tensors
     return tuple(t.to(weight.dtype) if isinstance(t, Tensor) and t.is_floating_point() else t for t in tensors)
 
 
 def switched_off(device: torch.device) -> AbstractContextManager:
     """Around a reference: autocast would make it select on rounded pre-activations."""
-    if torch.amp.is_autocast_available(device.type):
+    if device.type in _DEVICES:
         return torch.autocast(device.type, enabled=False)
     return contextlib.nullcontext()
