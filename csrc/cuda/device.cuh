@@ -31,6 +31,8 @@ __device__ __forceinline__ void from_acc(float x, bf16& out) {
 
 __device__ __forceinline__ float nan_value() { return __uint_as_float(0x7fc00000u); }
 
+enum class Out : int { kFloat, kBFloat16, kHalf };  // dtype of a result whose kernel does not depend on it
+
 // V neighbours, read and written in one access
 template <class T, int V> struct alignas(sizeof(T) * V) Pack { T at[V]; };
 template <class T> constexpr int kWide = 16 / sizeof(T);

@@ -52,6 +52,15 @@ inline dim3 grid_of(int64_t x, int64_t y = 1) {
 template <class T>
 T* data_or_null(const std::optional<Tensor>& t) { return t ? static_cast<T*>(t->mutable_data_ptr()) : nullptr; }
 
+inline Out out_of(const Tensor& values) {
+  switch (values.scalar_type()) {
+    case ScalarType::Float: return Out::kFloat;
+    case ScalarType::BFloat16: return Out::kBFloat16;
+    case ScalarType::Half: return Out::kHalf;
+    default: STD_TORCH_CHECK(false, "sae_kernels: values must be float32, bfloat16 or float16");
+  }
+}
+
 inline bool aligned(size_t bytes, const void* p) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; }
 
 }  // namespace sae_kernels

@@ -5,15 +5,6 @@
 namespace sae_kernels {
 namespace {
 
-Out out_of(const Tensor& values) {
-  switch (values.scalar_type()) {
-    case ScalarType::Float: return Out::kFloat;
-    case ScalarType::BFloat16: return Out::kBFloat16;
-    case ScalarType::Half: return Out::kHalf;
-    default: STD_TORCH_CHECK(false, "sae_kernels: values must be float32, bfloat16 or float16");
-  }
-}
-
 template <class F> void with_activation(int64_t activation, F&& f) {
   if (activation == kRelu) f.template operator()<kRelu>();
   else if (activation == kNone) f.template operator()<kNone>();

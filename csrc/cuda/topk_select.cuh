@@ -11,7 +11,6 @@
 namespace sae_kernels {
 
 enum Activation : int { kRelu = 0, kNone = 1, kAbs = 2 };
-enum class Out : int { kFloat, kBFloat16, kHalf };
 
 struct SelectArgs {
   const float* slab;    // [rows, columns], `stride` elements from row to row: latents first, first + 1, ...

@@ -1,4 +1,9 @@
-"""topk_encode around the kernels of csrc/cuda/topk_select.cuh: products in slabs that stay in L2, then selection."""
+"""topk_encode in CUDA C++: the kernel of csrc/cuda/topk_fused.cuh, which writes no pre-activations, where the shape lets
+it; else those of topk_select.cuh, around products in slabs that stay in L2.
+"""
+
+from functools import cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +24,10 @@ _lib.define(
     " Tensor(a!) keys, int activation) -> ()"
 )
 _lib.define("cuda_topk_write_codes(Tensor keys, Tensor(a!) values, Tensor(b!) indices, int activation) -> ()")
+_lib.define(
+    "cuda_topk_encode_fused(Tensor x, Tensor W, Tensor? bias, Tensor? threshold, Tensor(c!)? passed, Tensor(a!) values,"
+    " Tensor(b!) indices, int activation, int groups, int stages, int sample) -> ()"
+)
 _ops = torch.ops.sae_kernels
 
 
@@ -47,13 +56,59 @@ def choose(
         return
     x, W = x.contiguous(), W.contiguous()
     bias = None if b is None else b.float().contiguous()
+    limit = None if threshold is None else threshold.contiguous()
+    layout = None if mask is not None else fused_layout(x.dtype, *W.shape[::-1], k, *_block_of(x.device))
+    if layout is not None and x.data_ptr() % 16 == 0 and W.data_ptr() % 16 == 0:
+        sample = layout.sample if limit is None else 0
+        where = (passed, values, indices, activation, layout.groups, layout.stages, sample)
+        _ops.cuda_topk_encode_fused(x, W, bias, limit, *where)
+        return
     bytes_mask = None if mask is None else mask.contiguous().view(torch.uint8)
-    screen = (bias, bytes_mask, None if threshold is None else threshold.contiguous())
+    screen = (bias, bytes_mask, limit)
     if k > LARGEST_SELECT:
         _by_sorting(x, W, screen, passed, k, activation, values, indices)
     else:
         trims = x.new_zeros(1, dtype=torch.int32) if trims is None else trims
         _by_slabs(x, W, screen, passed, k, activation, values, indices, trims)
+
+
+class FusedLayout(NamedTuple):
+    """groups: warpgroups of a block, 64 rows each; stages: tiles of weights in shared memory; sample: tiles that give
+    the first bound.
+    """
+
+    groups: int
+    stages: int
+    sample: int
+
+
+_TILE_BYTES, _LARGEST_DEPTH, _MOST_STAGES = 64 * 64 * 2, 256, 16
+_BUFFERS = {64: 3 * 32 + 1, 128: 5 * 32 + 1}  # the largest k -> keys in a row's buffer: kLargestFused, kRowKeys
+
+
+def fused_layout(
+    dtype: torch.dtype, d_in: int, d_sae: int, k: int, shared_bytes: int, most_groups: int
+) -> FusedLayout | None:
+    """How the fused kernel lies in a block's shared memory; None: it does not take this shape, or does not fit."""
+    if dtype not in (torch.bfloat16, torch.float16) or d_in % 8 or d_sae % 64 or d_in > _LARGEST_DEPTH or k > 128:
+        return None
+    keys = next(size for most, size in _BUFFERS.items() if k <= most)
+    least_stages = 1 << (-(-d_in // 64) - 1).bit_length()  # a tile's chunks; none is free before all are multiplied
+    for groups in range(most_groups, 0, -1):
+        stages = (shared_bytes - 1024 - groups * 64 * keys * 8) // (_TILE_BYTES + 16)
+        if stages > least_stages:
+            tiles = d_sae // 64
+            return FusedLayout(groups, min(stages, _MOST_STAGES), min(16, tiles // 8) if k <= 64 else 0)
+    return None
+
+
+@cache
+def _block_of(device: torch.device) -> tuple[int, int]:
+    """Bytes of shared memory of a block, warpgroups with rows: three where wgmma's registers can be dealt out."""
+    if device.type != "cuda":
+        return 232448, 1  # of the tests, which run a thread of the CPU for each of CUDA's
+    properties = torch.cuda.get_device_properties(device)
+    return properties.shared_memory_per_block_optin, 3 if properties.major == 9 else 2
 
 
 def _by_slabs(x, W, screen, passed, k, activation, values, indices, trims) -> None:

@@ -14,6 +14,7 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <memory>
 #include <thread>
 #include <vector>
@@ -147,6 +148,13 @@ inline int __reduce_add_sync(unsigned mask, int x) {
     return sum;
   });
 }
+inline unsigned __reduce_max_sync(unsigned mask, unsigned x) {
+  return cuda_host::collective("__reduce_max_sync", mask, x, [](auto lane) {
+    unsigned most = 0;
+    for (unsigned i = 0; i < cuda_host::kLanes; ++i) most = std::max(most, lane(i));
+    return most;
+  });
+}
 template <class T> T atomicAdd(T* at, T value) {
   return std::atomic_ref<T>(*at).fetch_add(value, std::memory_order_relaxed);
 }
@@ -166,6 +174,7 @@ template <class T> T atomicMin(T* at, T value) {
 }
 
 inline int __popc(unsigned x) { return std::popcount(x); }
+inline int __ffs(unsigned x) { return x ? std::countr_zero(x) + 1 : 0; }
 inline unsigned __float_as_uint(float x) { return std::bit_cast<unsigned>(x); }
 inline float __uint_as_float(unsigned x) { return std::bit_cast<float>(x); }
 inline long long __double_as_longlong(double x) { return std::bit_cast<long long>(x); }
