@@ -114,6 +114,28 @@ def check_through_the_encoder(shape, dtype, device="cpu"):
             close(torch.autograd.grad(ours, leaves), torch.autograd.grad(theirs, exact), dtype)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sixteen_bits_far_from_the_origin(dtype):
+    check_far_from_the_origin(dtype)
+
+
+def check_far_from_the_origin(dtype, device="cpu"):
+    """With x - b_dec at hand W_enc's gradient is as exact as its dtype. Returns by how much better than without."""
+    x, values, indices, W_dec, b_dec = (t.to(device) for t in problem(50, 4, 20, 24, dtype))
+    x, b_dec = (4 * x).round() + 128, torch.full_like(b_dec, 128)  # whole numbers: no rounding in x - b_dec
+    W_enc, b_enc = torch.zeros_like(W_dec), torch.zeros(20, dtype=dtype, device=device)
+
+    def gradient(x, values, *parameters, **options):
+        leaves = [t.clone().requires_grad_() for t in parameters]
+        errors, _ = autoencoder_loss(x, values, indices, *leaves, **options)
+        return torch.autograd.grad(errors.total / 16, leaves[0])[0].double()
+
+    exact = gradient(x.double(), values.double(), *(t.double() for t in (W_enc, b_enc, W_dec, b_dec)))
+    off = [(gradient(x, values, W_enc, b_enc, W_dec, b_dec, centred=c) - exact).norm() for c in (x - b_dec, None)]
+    assert off[0] <= 4 * torch.finfo(dtype).eps * exact.norm()
+    return off[1] / off[0]
+
+
 def test_values_alone_or_errors_alone_reach_the_encoder():
     x, values, indices, W_dec, b_dec = problem(9, 4, 30, 10)
     W_enc, b_enc = torch.randn(30, 10).double().requires_grad_(), torch.zeros(30).double().requires_grad_()

@@ -6,10 +6,16 @@ from triton_interpreter import DEVICE, need_a_place_to_run
 
 need_a_place_to_run()
 
-from test_sae_loss import check_against_the_oracle, check_through_the_encoder, problem  # noqa: E402
+from test_sae_loss import (  # noqa: E402
+    check_against_the_oracle,
+    check_far_from_the_origin,
+    check_through_the_encoder,
+    problem,
+)
 from test_sparse_decode import DTYPES  # noqa: E402
 
 import sae_kernels as sk  # noqa: E402
+from sae_kernels.kernels import sae_loss as kernel  # noqa: E402
 from sae_kernels.kernels import tuning  # noqa: E402
 from sae_kernels.ops.sae_loss import autoencoder_loss  # noqa: E402
 
@@ -34,6 +40,22 @@ def test_through_the_encoder(dtype, one_program, monkeypatch):
     if not one_program:
         monkeypatch.setattr(tuning, "widest_row", lambda element_size: 32)
     check_through_the_encoder((4, 3, 8, 37), dtype, DEVICE)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sixteen_bits_far_from_the_origin(dtype):
+    assert check_far_from_the_origin(dtype, DEVICE) > 4  # without it, a difference of two rounded numbers
+
+
+@pytest.mark.parametrize(("rows", "budgets", "d"), [(1, 1, 5), (513, 1, 40), (1100, 3, 300)])
+def test_what_is_added_to_every_row(rows, budgets, d):
+    """Its gradient: the rows of the first budget, of one program's share and of several."""
+    generator = torch.Generator().manual_seed(3)
+    grad = torch.randn(rows, budgets, d, generator=generator).to(DEVICE, torch.bfloat16)
+    scale = torch.rand(rows, generator=generator).to(DEVICE)
+    for weights in (scale, None):
+        exact = (grad[:, 0].double() * (1 if weights is None else weights.double()[:, None])).sum(0)
+        torch.testing.assert_close(kernel._summed(grad, weights).double(), exact, rtol=1e-5, atol=1e-4)
 
 
 def test_latents_in_many_chunks(monkeypatch):

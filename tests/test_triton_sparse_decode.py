@@ -13,7 +13,7 @@ from test_sparse_decode import DTYPES, case, gradients  # noqa: E402
 import sae_kernels as sk  # noqa: E402
 from sae_kernels.kernels import sparse_decode as kernel  # noqa: E402
 from sae_kernels.kernels import tuning  # noqa: E402
-from sae_kernels.kernels.latent_sums import latent_sums  # noqa: E402
+from sae_kernels.kernels.latent_sums import Chunks, latent_sums  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -108,6 +108,19 @@ def test_long_and_empty_segments(chunk, dtype):
     again = latent_sums(*device, 20, with_totals=True, chunk=chunk)
     assert torch.equal(again[0], sums) and torch.equal(again[1], totals)
     assert latent_sums(*device, 20, chunk=chunk)[1:] == (None, None)
+
+
+@pytest.mark.parametrize("d_sae", [9, 2**15 - 1, 2**15])
+def test_indices_are_sorted_in_few_bits(d_sae):
+    """What is out of range, by however much, counts nowhere: none of it comes round to a latent."""
+    index = torch.tensor([[3, -1, d_sae - 1], [2**16 + 3, 3, d_sae], [3 - 2**16, 2**32 + 3, 3]])
+    chunks = Chunks(index.to(DEVICE), d_sae, 2)
+    order, *programs = (t.tolist() for t in chunks.of_programs)
+    found = {(latent, tuple(order[begin:end])): slot for latent, begin, end, slot in zip(*programs, strict=True)}
+    want = {(3, (0, 4)): 0, (3, (8,)): 1, (d_sae - 1, (2,)): -1}
+    assert {program: slot for program, slot in found.items() if program[0] < d_sae and program[1]} == want
+    assert [latent for latent in programs[0] if latent < d_sae] == sorted([*range(d_sae), 3])
+    assert chunks.split_latents.tolist() == [3, d_sae, d_sae, d_sae]
 
 
 def test_partial_sums_stay_within_their_workspace():

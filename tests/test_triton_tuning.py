@@ -50,10 +50,10 @@ def test_a_measured_threshold_changes_the_path(measured):
 
 
 def test_trying_a_configuration():
-    with tuning.trying("sums", ENTRIES=32), tuning.trying("sums", warps=1):
-        assert (tuning.sums_plan(64, 2).ENTRIES, tuning.sums_plan(64, 2).warps) == (32, 1)
+    with tuning.trying("sums", ENTRIES=32), tuning.trying("sums", warps=2):
+        assert (tuning.sums_plan(64, 2).ENTRIES, tuning.sums_plan(64, 2).warps) == (32, 2)
         assert tuning.decode_plan(64, 2) == tuning.DecodePlan(4, 64, 4, 4)
-    assert tuning.sums_plan(64, 2) == tuning.SumsPlan(8, 64, 4)
+    assert tuning.sums_plan(64, 2) == tuning.SumsPlan(16, 64, 1)
     with tuning.trying("fused", GROWTH=4):
         plan = tuning.fused_plan(64, 4096, 32, 2)
         assert plan.GROWTH == 4 and plan.first_step in (4, 16) and plan.room == 2 * 32 * 3 + 24

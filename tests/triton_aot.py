@@ -36,16 +36,18 @@ FIELDS = ("kernel", "configuration", "arch", "registers", "stack", "shared", "in
 
 TYPES = {"slab": "*fp32", "mask": "*u8", "keys": "*i64", "counts": "*i32", "overflows": "*i32", "indices": "*i32"}
 TYPES |= {"threshold": "*fp32", "passed": "*i32", "codes": "*bf16", "groups": "*fp32", "names": "*i32", "fills": "*i32", "prefixes": "*i32", "budget_of": "*i32"}
-TYPES |= dict.fromkeys(("order", "starts", "first_chunk", "chunks", "first_slot", "latent_of"), "*i64")
+TYPES |= dict.fromkeys(("starts", "chunks", "first_slot", "latent_of", "slot_of", "split_latents"), "*i64")
+TYPES |= dict.fromkeys(("order", "begins", "ends"), "*i32")
 LENGTHS = tuple(1 << n for n in range(5, 13))  # of rows, one per bucket of tuning.py
 ROW_LENGTHS = ("d_in", "d_out", "d")
 WIDE = {"fp64": "fp64"}
 # the statistics count in 64 bits what the selection counts in 32
-OF_STATS = dict.fromkeys(("counts", "sums", "last", "rejected", "foreign", "numbers", "table", "position"), "*i64")
+OF_STATS = dict.fromkeys(("order", "counts", "sums", "last", "rejected", "foreign", "numbers", "table", "position"), "*i64")
 OF_STATS |= {"maximum": "*fp64", "top_values": "*fp64", "top_ids": "*i64", "ids": "*i64", "keys": "*i32"}
-WIDE_DATA = ("slots", "slots_x", "slot_totals", "scale", "errors", "grad_errors")
+WIDE_DATA = ("parts", "slots", "slots_x", "slot_totals", "scale", "errors", "grad_errors")
 DATA = ("x", "W", "bias", "values", "out", "grad", "rows_of", "weights", "sums", "totals", "dots")
 DATA += ("residual", "more", "grad_values", "sums_x")
+CAPPED = (topk_encode_fused.rescan_product, sae_loss.grad_chunks, latent_sums.sum_chunks, sparse_decode.dot_rows)
 
 
 def types(dtype: str) -> dict[str, str]:
@@ -91,7 +93,7 @@ def configurations():
             decode = tuning.decode_plan(width, size)
             tile = {"ROWS": decode.ROWS, "BLOCK_D": decode.BLOCK_D, "UNROLL": decode.UNROLL}
             yield sparse_decode.decode, dtype, {**acc, **tile, "HAS_BIAS": True}, decode.warps, 3
-            for k in (4, 16):
+            for k in (4, 64):
                 plan = tuning.dot_plan(k, width, size)
                 yield (
                     sparse_decode.dot_rows,
@@ -103,13 +105,16 @@ def configurations():
             plan = tuning.sums_plan(width, size)
             join = {**acc, "BLOCK_D": plan.BLOCK_D, "HAS_TOTALS": True}
             for dots in (True, False):
-                yield latent_sums.sum_chunks, dtype, {**join, "HAS_DOTS": dots, "ENTRIES": plan.ENTRIES}, plan.warps, 3
+                sums = {**join, "K": 64, "HAS_DOTS": dots, "ENTRIES": plan.ENTRIES}
+                yield latent_sums.sum_chunks, dtype, sums, plan.warps, 3
             yield latent_sums.join_chunks, dtype, join, plan.warps, 3
             yield sae_loss.decode_errors, dtype, {**acc, **tile, "HAS_BIAS": True}, decode.warps, 3
             yield sae_loss.prefix_gradients, dtype, {**acc, **tile}, decode.warps, 3
-            grads = {**acc, "HAS_SCALE": True, "HAS_MORE": True, "RELU": True, "BLOCK_D": plan.BLOCK_D}
+            grads = {**acc, "K": 64, "HAS_BUDGETS": True, "HAS_SCALE": True, "HAS_MORE": True, "RELU": True}
+            add = {**acc, "HAS_WEIGHTS": True, "SHARE": 512, "ROWS": plan.ENTRIES, "BLOCK_D": plan.BLOCK_D}
+            yield sae_loss.add_rows, dtype, add, plan.warps, 3
             for dots, x in ((True, True), (True, False), (False, False)):
-                options = {**grads, "HAS_DOTS": dots, "HAS_X": x, "ENTRIES": plan.ENTRIES}
+                options = {**grads, "BLOCK_D": plan.BLOCK_D, "HAS_DOTS": dots, "HAS_X": x, "ENTRIES": plan.ENTRIES}
                 yield sae_loss.grad_chunks, dtype, options, plan.warps, 3
 
 
@@ -165,7 +170,7 @@ def compiled(kernel, dtype: str, constants: dict, warps: int, stages: int, arch:
     options = {"num_warps": warps, "num_stages": stages}
     if kernel is activation_stats.add_entries:
         options["enable_fp_fusion"] = False
-    if kernel in (topk_encode_fused.rescan_product, sae_loss.grad_chunks):
+    if kernel in CAPPED:
         options["maxnreg"] = tuning.MOST_REGISTERS
     built = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:

@@ -6,8 +6,10 @@ import triton.language as tl
 from torch import Tensor
 
 from . import tuning
-from .latent_sums import Chunks, chunk_of, latent_sums, positions_at
+from .latent_sums import Chunks, latent_sums, positions_at, put_sums, put_total
 from .sparse_decode import accumulator, add_slots, grad_values
+
+_SHARE = 512  # rows that one program adds up: their sums are few beside them
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -71,19 +73,20 @@ def passed_on(
     return dot
 
 
-@triton.jit(do_not_specialize=["chunk"])
+@triton.jit
 def grad_chunks(
-    grad, scale, values, W, x, more, budget_of, order, starts, first_chunk, chunks, first_slot, latent_of,
-    grad_values, sums, slots, sums_x, slots_x, totals, slot_totals, chunk, d_sae, k, d, budgets,
-    ACC: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_DOTS: tl.constexpr, HAS_X: tl.constexpr, HAS_MORE: tl.constexpr,
-    RELU: tl.constexpr, ENTRIES: tl.constexpr, BLOCK_D: tl.constexpr,
+    grad, scale, values, W, x, more, budget_of, order, latent_of, begins, ends, slot_of,
+    grad_values, sums, slots, sums_x, slots_x, totals, slot_totals, d_sae, d, budgets,
+    K: tl.constexpr, ACC: tl.constexpr, HAS_BUDGETS: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_DOTS: tl.constexpr,
+    HAS_X: tl.constexpr, HAS_MORE: tl.constexpr, RELU: tl.constexpr, ENTRIES: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """One chunk of one latent, one slice of columns of the decoder's gradient; with HAS_DOTS, where a row is one slice,
     the gradient of the values, and with HAS_X that of the encoder, from the same read of W[latent] and grad."""
     number = tl.program_id(0)
     latent = tl.load(latent_of + number)
+    begin, end = tl.load(begins + number), tl.load(ends + number)
+    slot = tl.load(slot_of + number)
     if latent < d_sae:
-        begin, end, place = chunk_of(number, latent, starts, first_chunk, chunk)
         column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
         inside = column < d
         part = tl.zeros((ENTRIES, BLOCK_D), ACC)
@@ -91,18 +94,23 @@ def grad_chunks(
         weight_part = tl.zeros((ENTRIES,), ACC)
         if HAS_DOTS:
             w = tl.load(W + latent * d + column, mask=inside, other=0.0).to(ACC)
+        ahead = positions_at(begin, end, order, ENTRIES)
         for at in range(begin, end, ENTRIES):
-            position, on = positions_at(at, end, order, ENTRIES)
-            n = position // k
+            position, on = ahead, at + tl.arange(0, ENTRIES) < end
+            ahead = positions_at(at + ENTRIES, end, order, ENTRIES)
+            n = (position // K).to(tl.int64)
             value = tl.load(values + position, mask=on, other=0.0).to(ACC)
             here = on[:, None] & inside[None, :]
-            budget = tl.load(budget_of + position % k, mask=on, other=0)
-            row = tl.load(grad + (n * budgets + budget)[:, None] * d + column[None, :], mask=here, other=0.0).to(ACC)
+            at_row = n
+            if HAS_BUDGETS:
+                at_row = n * budgets + tl.load(budget_of + position % K, mask=on, other=0)
+            row = tl.load(grad + at_row[:, None] * d + column[None, :], mask=here, other=0.0).to(ACC)
+            factor = tl.full((ENTRIES,), 1, ACC)
             if HAS_SCALE:
-                row *= tl.load(scale + n, mask=on, other=0.0)[:, None]
-            part += value[:, None] * row
+                factor = tl.load(scale + n, mask=on, other=0.0)
+            part += (value * factor)[:, None] * row
             if HAS_DOTS:
-                dot = tl.sum(row * w[None, :], 1)
+                dot = tl.sum(row * w[None, :], 1) * factor
                 if HAS_X:
                     dot = passed_on(dot, value, more, position, on, ACC, HAS_MORE, RELU)
                     seen = tl.load(x + n[:, None] * d + column[None, :], mask=here, other=0.0).to(ACC)
@@ -110,18 +118,31 @@ def grad_chunks(
                     weight_part += dot
                 else:
                     tl.store(grad_values + position, dot.to(grad_values.dtype.element_ty), mask=on)
-        total, total_x, weight_total = tl.sum(part, 0), tl.sum(part_x, 0), tl.sum(weight_part, 0)
-        if tl.load(chunks + latent) > 1:
-            slot = tl.load(first_slot + latent) + place
-            tl.store(slots + slot * d + column, total, mask=inside)
-            if HAS_X:
-                tl.store(slots_x + slot * d + column, total_x, mask=inside)
-                tl.store(slot_totals + slot, weight_total)
-        else:
-            tl.store(sums + latent * d + column, total.to(sums.dtype.element_ty), mask=inside)
-            if HAS_X:
-                tl.store(sums_x + latent * d + column, total_x.to(sums_x.dtype.element_ty), mask=inside)
-                tl.store(totals + latent, weight_total.to(totals.dtype.element_ty))
+        put_sums(part, sums, slots, latent, slot, column, inside, d)
+        if HAS_X:
+            put_sums(part_x, sums_x, slots_x, latent, slot, column, inside, d)
+            put_total(weight_part, totals, slot_totals, latent, slot)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def add_rows(
+    rows_of, weights, parts, rows, apart, d, ACC: tl.constexpr, HAS_WEIGHTS: tl.constexpr, SHARE: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """parts [programs, d]: the sum of SHARE rows times their weights, of every `apart`-th row of d elements."""
+    first = tl.program_id(0).to(tl.int64) * SHARE
+    column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    inside = column < d
+    total = tl.zeros((ROWS, BLOCK_D), ACC)
+    for start in range(0, SHARE, ROWS):
+        row = first + start + tl.arange(0, ROWS)
+        on = row < rows
+        here = on[:, None] & inside[None, :]
+        more = tl.load(rows_of + (row * apart)[:, None] * d + column[None, :], mask=here, other=0.0).to(ACC)
+        if HAS_WEIGHTS:
+            more *= tl.load(weights + row, mask=on, other=0.0)[:, None]
+        total += more
+    tl.store(parts + tl.program_id(0).to(tl.int64) * d + column, tl.sum(total, 0), mask=inside)
 
 
 def sae_loss(
@@ -165,9 +186,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """grad [N, P, d] times scale [N] -> dvalues [N, k] and dW, db of the decoder; with x [N, d_in] dW, db of the
     encoder instead of dvalues."""
-    wide = torch.float64 if W.dtype == torch.float64 else torch.float32
-    factor = torch.ones(grad.shape[0], dtype=wide, device=grad.device) if scale is None else scale
-    db = torch.mv(grad[:, 0].mT.to(wide), factor).to(W.dtype)
+    db = _summed(grad, scale).to(W.dtype)
     nothing = W.new_empty(0, values.shape[1]), W.new_empty(0, 0), W.new_empty(0)
     d_in = None if x is None else x.shape[1]
     if grad.numel() == 0 or d_in == 0:
@@ -187,6 +206,21 @@ def backward(
     return nothing[0], dW, db, dW_enc, db_enc
 
 
+def _summed(grad: Tensor, scale: Tensor | None) -> Tensor:
+    """The gradient [d] of what is added to every row, without a copy of grad."""
+    (rows, budgets, d), grad = grad.shape, grad.contiguous()
+    wide = torch.float64 if grad.dtype == torch.float64 else torch.float32
+    if grad.numel() == 0:
+        return grad.new_zeros(d, dtype=wide)
+    plan = tuning.sums_plan(d, grad.element_size())
+    parts = grad.new_empty(triton.cdiv(rows, _SHARE), d, dtype=wide)
+    add_rows[(parts.shape[0], triton.cdiv(d, plan.BLOCK_D))](
+        grad, scale, parts, rows, budgets, d, ACC=accumulator(grad.dtype), HAS_WEIGHTS=scale is not None,
+        SHARE=_SHARE, ROWS=plan.ENTRIES, BLOCK_D=plan.BLOCK_D, num_warps=plan.warps,
+    )  # fmt: skip
+    return parts.sum(0)
+
+
 def _fused(grad, scale, values, W, prefixes, x, more, relu, chunks: Chunks):
     """One kernel for all of them; without x, dvalues and dW alone."""
     d, plan = W.shape[1], tuning.sums_plan(W.shape[1], W.element_size())
@@ -198,12 +232,12 @@ def _fused(grad, scale, values, W, prefixes, x, more, relu, chunks: Chunks):
         dW_enc, db_enc, slots_x = torch.empty_like(dW), W.new_empty(W.shape[0]), torch.empty_like(slots)
         x = x.contiguous()
     lengths = [b - a for a, b in zip([0, *prefixes], prefixes, strict=False)]
-    budget_of = _filled(list(range(len(prefixes))), lengths, grad)
+    budget_of = _filled(list(range(len(prefixes))), lengths, grad) if len(prefixes) > 1 else None
     grad_chunks[(chunks.programs, triton.cdiv(d, plan.BLOCK_D))](
         grad.contiguous(), scale, values.contiguous(), W.contiguous(), x, None if more is None else more.contiguous(),
-        budget_of, chunks.order, chunks.starts, chunks.first_chunk, chunks.counts, chunks.first_slot, chunks.latent_of,
-        dvalues, dW, slots, dW_enc, slots_x, db_enc, slot_totals, chunks.chunk, W.shape[0], chunks.k, d, len(prefixes),
-        ACC=accumulator(W.dtype), HAS_SCALE=scale is not None, HAS_DOTS=has_dots, HAS_X=x is not None,
+        budget_of, *chunks.of_programs, dvalues, dW, slots, dW_enc, slots_x, db_enc, slot_totals, W.shape[0], d,
+        len(prefixes), K=chunks.k, ACC=accumulator(W.dtype), HAS_BUDGETS=len(prefixes) > 1,
+        HAS_SCALE=scale is not None, HAS_DOTS=has_dots, HAS_X=x is not None,
         HAS_MORE=more is not None, RELU=relu, ENTRIES=plan.ENTRIES, BLOCK_D=plan.BLOCK_D, num_warps=plan.warps,
         maxnreg=tuning.MOST_REGISTERS,
     )  # fmt: skip
@@ -217,7 +251,7 @@ def _in_turn(grad, scale, values, indices, W, prefixes, x, more, relu, chunks: C
     """Rows too long for one program: the gradient of the values first, then each sum over the same order."""
     ends = list(zip([0, *prefixes], prefixes, strict=False))
     parts = [grad_values(grad[:, p], indices[:, a:b].contiguous(), W) for p, (a, b) in enumerate(ends)]
-    dvalues = torch.cat(parts, 1).to(torch.promote_types(W.dtype, torch.float32))
+    dvalues = torch.cat(parts, 1)
     dvalues = dvalues if scale is None else dvalues * scale.unsqueeze(1)
     _, dW, _, _ = _fused(grad, scale, values, W, prefixes, None, None, relu, chunks)
     if x is None:

@@ -66,23 +66,27 @@ def put_codes(values, indices, codes, rows, k, d_sae, ROWS: tl.constexpr):
         tl.store(at, total.to(codes.dtype.element_ty), mask=live)
 
 
-@triton.jit
-def dot_rows(grad, indices, W, out, k, d_sae, d_out, ACC: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr):
-    """out [rows, k] = <grad[row], W[indices[row, j]]>, BLOCK_K entries of a row per program; NaN if out of range."""
+@triton.jit(do_not_specialize=["rows"])
+def dot_rows(
+    grad, indices, W, parts, rows, k, d_sae, d_out, ACC: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    """parts [slices, rows, k] = <grad[row], W[indices[row, j]]> over one slice of columns; NaN if out of range.
+
+    Rows run fastest, so at any time the programs read one slice of W, which stays in L2.
+    """
     row = tl.program_id(0).to(tl.int64)
-    slot = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
-    latent = tl.load(indices + row * k + slot, mask=slot < k, other=0).to(tl.int64)
-    valid = (latent >= 0) & (latent < d_sae)
-    total = tl.zeros((BLOCK_K, BLOCK_D), ACC)
-    for start in range(0, d_out, BLOCK_D):
-        column = start + tl.arange(0, BLOCK_D)
-        inside = column < d_out
-        g = tl.load(grad + row * d_out + column, mask=inside, other=0.0).to(ACC)
+    column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    inside = column < d_out
+    g = tl.load(grad + row * d_out + column, mask=inside, other=0.0).to(ACC)
+    to = parts + (tl.program_id(1).to(tl.int64) * rows + row) * k
+    for start in range(0, k, BLOCK_K):
+        slot = start + tl.arange(0, BLOCK_K)
+        latent = tl.load(indices + row * k + slot, mask=slot < k, other=0).to(tl.int64)
+        valid = (latent >= 0) & (latent < d_sae)
         here = (valid & (slot < k))[:, None] & inside[None, :]
-        weight = tl.load(W + latent[:, None] * d_out + column[None, :], mask=here, other=0.0).to(ACC)
-        total += weight * g[None, :]
-    dot = tl.where(valid, tl.sum(total, 1), float("nan"))
-    tl.store(out + row * k + slot, dot.to(out.dtype.element_ty), mask=slot < k)
+        w = tl.load(W + latent[:, None] * d_out + column[None, :], mask=here, other=0.0).to(ACC)
+        dot = tl.sum(w * g[None, :], 1)
+        tl.store(to + slot, tl.where(valid, dot, float("nan")), mask=slot < k)
 
 
 def accumulator(dtype: torch.dtype):
@@ -132,13 +136,16 @@ def decode_dense(values: Tensor, indices: Tensor, W: Tensor, b: Tensor | None, o
 
 
 def grad_values(grad: Tensor, indices: Tensor, W: Tensor) -> Tensor:
-    """grad [N, d_out], indices [N, k], W [d_sae, d_out] -> [N, k] in grad's dtype."""
-    out = grad.new_empty(indices.shape)
-    if out.numel() > 0:
-        k = indices.shape[1]
-        plan = tuning.dot_plan(k, W.shape[1], W.element_size())
-        dot_rows[(indices.shape[0], triton.cdiv(k, plan.BLOCK_K))](
-            grad.contiguous(), indices.contiguous(), W.contiguous(), out, k, *W.shape,
-            ACC=accumulator(W.dtype), BLOCK_K=plan.BLOCK_K, BLOCK_D=plan.BLOCK_D, num_warps=plan.warps,
-        )  # fmt: skip
-    return out
+    """grad [N, d_out], indices [N, k], W [d_sae, d_out] -> [N, k] in the dtype in which they are added."""
+    (rows, k), wide = indices.shape, torch.float64 if W.dtype == torch.float64 else torch.float32
+    if rows * k * W.shape[1] == 0:
+        return grad.new_zeros(rows, k, dtype=wide)
+    plan = tuning.dot_plan(k, W.shape[1], W.element_size())
+    slices = triton.cdiv(W.shape[1], plan.BLOCK_D)
+    parts = grad.new_empty(slices, rows, k, dtype=wide)
+    dot_rows[(rows, slices)](
+        grad.contiguous(), indices.contiguous(), W.contiguous(), parts, rows, k, *W.shape,
+        ACC=accumulator(W.dtype), BLOCK_K=plan.BLOCK_K, BLOCK_D=plan.BLOCK_D, num_warps=plan.warps,
+        maxnreg=tuning.MOST_REGISTERS,
+    )  # fmt: skip
+    return parts[0] if slices == 1 else parts.sum(0)

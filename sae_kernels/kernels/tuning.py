@@ -128,7 +128,7 @@ class DecodePlan:
 
 @dataclass(frozen=True)
 class DotPlan:
-    """BLOCK_K entries of one row against BLOCK_D columns at a time."""
+    """BLOCK_K entries of one row against BLOCK_D columns at a time: 4 KiB, for one warp."""
 
     BLOCK_K: int
     BLOCK_D: int
@@ -137,7 +137,7 @@ class DotPlan:
 
 @dataclass(frozen=True)
 class SumsPlan:
-    """ENTRIES rows in flight, BLOCK_D columns per program."""
+    """ENTRIES rows in flight, BLOCK_D columns per program: 2 KiB, which one warp adds without waiting for another."""
 
     ENTRIES: int
     BLOCK_D: int
@@ -165,12 +165,16 @@ def decode_plan(d_out: int, element_size: int) -> DecodePlan:
 
 
 def dot_plan(k: int, d_out: int, element_size: int) -> DotPlan:
-    plan = DotPlan(BLOCK_K=next((b for b in (4, 8) if b >= k), 16), BLOCK_D=_width(d_out, element_size), warps=4)
+    width = _width(d_out, element_size)
+    most = max(4, 4096 // (width * element_size))
+    plan = DotPlan(BLOCK_K=next((b for b in (4, 8, 16, 32) if b >= min(k, most)), most), BLOCK_D=width, warps=1)
     return _tuned("dot", bucket(d_out, element_size), plan)
 
 
 def sums_plan(d: int, element_size: int) -> SumsPlan:
-    return _tuned("sums", bucket(d, element_size), SumsPlan(ENTRIES=8, BLOCK_D=_width(d, element_size), warps=4))
+    width = _width(d, element_size)
+    plan = SumsPlan(ENTRIES=max(4, 2048 // (width * element_size)), BLOCK_D=width, warps=1)
+    return _tuned("sums", bucket(d, element_size), plan)
 
 
 def chunk_length(entries: int, d: int, element_size: int) -> int:

@@ -242,14 +242,17 @@ class TopKSAE(nn.Module):
             values, indices, fires = self._choose_to_train(x, weight)
             return values, indices, fires, self._reconstruction_error(values, indices, x, weight, scale)
         with torch.no_grad():
-            values, indices = topk_encode(x, self.W_enc, self._centred_bias(), self.k, activation=self.activation)
+            centred = None if _splits(x) else x - self.b_dec
+            seen, b_enc = (x, self._centred_bias()) if centred is None else (centred, self.b_enc)
+            values, indices = topk_encode(seen, self.W_enc, b_enc, self.k, activation=self.activation)
+        options = {"centred": centred, "relu": self.activation == "relu"}
         parameters = (self.W_enc, self.b_enc, self.W_dec, self.b_dec)
-        error, values = autoencoder_loss(x, values, indices, *parameters, relu=self.activation == "relu")
+        error, values = autoencoder_loss(x, values, indices, *parameters, **options)
         return values, indices, self._firing_per_row(values), weighted_sum(error.errors, weight) / scale
 
     def _encoder_input(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x and bias such that x W_enc^T + bias are the pre-activations."""
-        if self.b_dec.requires_grad and _trains_on(x):
+        if self.b_dec.requires_grad and _trains_on(x) and _splits(x):
             # b_dec through the bias: no copy of x, and its gradient without a gradient of the size of x
             return x, self._centred_bias()
         return x - self.b_dec, self.b_enc
@@ -362,8 +365,13 @@ class TopKSAE(nn.Module):
 
 
 def _trains_on(x: Tensor) -> bool:
-    """Whether x is data of a training step, in a dtype in which products with W_enc can be split into two sums."""
-    return torch.is_grad_enabled() and not x.requires_grad and x.dtype in (torch.float32, torch.float64)
+    """Whether x is data of a training step."""
+    return torch.is_grad_enabled() and not x.requires_grad
+
+
+def _splits(x: Tensor) -> bool:
+    """Whether (x - b_dec) W_enc^T may be computed as two products: in 16 bits the second would be rounded."""
+    return x.dtype in (torch.float32, torch.float64)
 
 
 def _check_sizes(d_in: int, d_sae: int, k: int, k_aux: int | None, aux_rows: int, dead_after: int | None) -> None:

@@ -113,18 +113,22 @@ def autoencoder_loss(
     W_dec: Tensor,
     b_dec: Tensor,
     *,
+    centred: Tensor | None = None,
     relu: bool = True,
     prefixes: Sequence[int] | None = None,
 ) -> tuple[SAEError, Tensor]:
     """sae_loss and values, of a code values = W_enc[indices] . (x - b_dec) + b_enc that was chosen without autograd.
 
     x [N, d_in], a constant; values, indices [N, k]; W_enc, W_dec [d_sae, d_in]; b_enc [d_sae]; b_dec [d_in].
-    Differentiable in the parameters: all their gradients come from one order of the entries, and neither that of the
-    values nor a shifted copy of x is ever written. relu: slots whose value is 0 pass none. The values returned are the
-    same with the encoder's graph, for further terms of a loss.
+    Differentiable in the parameters: all their gradients come from one order of the entries, and that of the values is
+    never written. relu: slots whose value is 0 pass none. The values returned are the same with the encoder's graph,
+    for further terms of a loss.
+
+    centred [N, d_in]: x - b_dec, where it is at hand, as in 16 bits it should be: without it W_enc's gradient is that
+    for x, rounded, less what b_dec makes of it.
     """
     ends = _checked_prefixes("autoencoder_loss", prefixes, values.shape[-1])
-    tensors = (x, values, indices, W_enc, b_enc, W_dec, b_dec)
+    tensors = (x, centred, values, indices, W_enc, b_enc, W_dec, b_dec)
     errors, residual, values = _AutoencoderLoss.apply(*tensors, relu, ends, pick(x.device))
     return _shaped(errors, residual, x, prefixes), values
 
@@ -210,34 +214,35 @@ class _Loss(torch.autograd.Function):
 
 class _AutoencoderLoss(torch.autograd.Function):
     @staticmethod
-    def forward(x, values, indices, W_enc, b_enc, W_dec, b_dec, relu, prefixes, backend):
+    def forward(x, centred, values, indices, W_enc, b_enc, W_dec, b_dec, relu, prefixes, backend):
         errors, residual = _run_forward(backend, x, values, indices, W_dec, b_dec, prefixes)
         return errors, residual, values.clone()
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        x, values, indices, W_enc, _, W_dec, b_dec, ctx.relu, ctx.prefixes, ctx.backend = inputs
+        x, centred, values, indices, W_enc, _, W_dec, b_dec, ctx.relu, ctx.prefixes, ctx.backend = inputs
         ctx.mark_non_differentiable(output[1])
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, values, indices, W_enc, W_dec, b_dec, output[1])
+        seen, centre = (x, b_dec) if centred is None else (centred, None)
+        ctx.save_for_backward(seen, centre, values, indices, W_enc, W_dec, output[1])
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_errors, _, grad_values):
-        x, values, indices, W_enc, W_dec, b_dec, residual = ctx.saved_tensors
+        seen, centre, values, indices, W_enc, W_dec, residual = ctx.saved_tensors
         if grad_errors is None:
             wide = reference.accumulator(residual.dtype)
             grad_errors = residual.new_zeros(residual.shape[0], len(ctx.prefixes), dtype=wide)
         rows, scale = _gradient_rows(ctx, grad_errors, residual, values, indices, W_dec)
         _, dW_dec, db_dec, dW_enc, db_enc = _backward.get(ctx.backend, _plain_backward)(
-            rows, scale, values, indices, W_dec, ctx.prefixes, x, b_dec, grad_values, ctx.relu
+            rows, scale, values, indices, W_dec, ctx.prefixes, seen, centre, grad_values, ctx.relu
         )
-        wanted = ctx.needs_input_grad[3:7]
+        wanted = ctx.needs_input_grad[4:8]
         if wanted[3]:
             with _autocast.switched_off(W_enc.device):
                 db_dec = db_dec - db_enc @ W_enc  # b_dec is the encoder's centre too
         grads = (dW_enc, db_enc, dW_dec, db_dec)
-        return None, None, None, *(g if w else None for g, w in zip(grads, wanted, strict=True)), None, None, None
+        return *[None] * 4, *(g if w else None for g, w in zip(grads, wanted, strict=True)), None, None, None
 
 
 def _triton_forward(x, values, indices, W_dec, b_dec, prefixes):

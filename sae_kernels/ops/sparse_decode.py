@@ -141,7 +141,7 @@ def _triton_backward(grad, values, indices, W_dec):
 def _triton_grad_values(grad, indices, W_dec):
     from ..kernels import sparse_decode as kernel
 
-    return kernel.grad_values(grad, indices, W_dec)
+    return kernel.grad_values(grad, indices, W_dec).to(grad.dtype)
 
 
 def _cuda_forward(values, indices, W_dec, b_dec):
