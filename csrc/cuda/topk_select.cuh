@@ -67,15 +67,13 @@ __device__ __forceinline__ void write_code(void* values, int32_t* indices, Out d
   indices[at] = latent_in(key);
 }
 
-// V pre-activations from `column` on; order 0 beyond the last column. Where V > 1 it divides the columns.
+// V pre-activations from `column` on; order 0 beyond the last column, where the first is read instead: no branch keeps
+// several of these loads from being in flight at once. Where V > 1 it divides the columns.
 template <int V, int Act, bool Limited>
 __device__ __forceinline__ void read_orders(const SelectArgs& a, const float* row, int column, float (&pre)[V],
                                             uint32_t (&order)[V]) {
-  if (column >= a.columns) {
-#pragma unroll
-    for (int i = 0; i < V; ++i) pre[i] = 0.0f, order[i] = 0;
-    return;
-  }
+  const bool inside = column < a.columns;
+  column = inside ? column : 0;
   const Pack<float, V> read = load_pack<V>(row + column);
   const int latent = a.first + column;
 #pragma unroll
@@ -99,6 +97,8 @@ __device__ __forceinline__ void read_orders(const SelectArgs& a, const float* ro
 #pragma unroll
     for (int i = 0; i < V; ++i) order[i] = mask.at[i] ? order[i] : Limited ? kFloor<Act> : kMasked;
   }
+#pragma unroll
+  for (int i = 0; i < V; ++i) order[i] = inside ? order[i] : 0;
 }
 
 template <int V, int Act> __device__ __forceinline__ int above_floor(const uint32_t (&order)[V]) {
@@ -155,21 +155,27 @@ template <class P> __device__ void sort_descending(uint64_t* keys, int count, in
   team_sync<P>();
 }
 
+// Reads of V in flight per thread.
+template <int V, bool Limited> constexpr int kFlight = V > 1 && !Limited ? 4 : 1;
+
 // A bound that at least k orders of the row pass: one less than the k-th largest group maximum, its lowest byte left
 // out.
 template <class P, int V, int Act, bool Limited>
 __device__ uint32_t group_bound(const SelectArgs& a, const float* row, int lane, int* partial) {
-  constexpr int kReads = P::kGroups > V ? P::kGroups / V : 1;
+  constexpr int kReads = P::kGroups > V ? P::kGroups / V : 1, kFew = kFlight<V, Limited>;
+  constexpr int kAtOnce = kReads > kFew ? kReads : kFew;
   uint32_t best[kReads * V] = {};
-  for (int start = 0; start < a.columns; start += P::kTeam * V * kReads)
+  for (int start = 0; start < a.columns; start += P::kTeam * V * kAtOnce) {
+    float pre[kAtOnce][V];
+    uint32_t order[kAtOnce][V];
 #pragma unroll
-    for (int r = 0; r < kReads; ++r) {
-      float pre[V];
-      uint32_t order[V];
-      read_orders<V, Act, Limited>(a, row, start + (r * P::kTeam + lane) * V, pre, order);
+    for (int r = 0; r < kAtOnce; ++r)
+      read_orders<V, Act, Limited>(a, row, start + (r * P::kTeam + lane) * V, pre[r], order[r]);
 #pragma unroll
-      for (int i = 0; i < V; ++i) best[r * V + i] = max(best[r * V + i], order[i]);
-    }
+    for (int r = 0; r < kAtOnce; ++r)
+#pragma unroll
+      for (int i = 0; i < V; ++i) best[r % kReads * V + i] = max(best[r % kReads * V + i], order[r][i]);
+  }
   uint32_t bound = 0;
   for (uint32_t bit = kSign; bit > 0x80; bit /= 2) {
     const uint32_t trial = bound | bit;
@@ -221,33 +227,42 @@ template <class P, int V, int Act, bool Limited> __device__ void select_best(con
   team_sync<P>();
   bool trimmed = false;
   int passed = 0;
-  for (int start = 0; start < a.columns; start += P::kTeam * V) {
-    const int column = start + lane * V;
-    float pre[V];
-    uint32_t order[V];
-    read_orders<V, Act, Limited>(a, row, column, pre, order);
-    if constexpr (Limited) passed += above_floor<V, Act>(order);
+  constexpr int kReads = kFlight<V, Limited>;
+  for (int start = 0; start < a.columns; start += P::kTeam * V * kReads) {
+    float pre[kReads][V];
+    uint32_t order[kReads][V];
     bool passes = false;
 #pragma unroll
-    for (int i = 0; i < V; ++i) passes |= order[i] > bound;
+    for (int r = 0; r < kReads; ++r) {
+      read_orders<V, Act, Limited>(a, row, start + (r * P::kTeam + lane) * V, pre[r], order[r]);
+      if constexpr (Limited) passed += above_floor<V, Act>(order[r]);
+    }
+#pragma unroll
+    for (int r = 0; r < kReads; ++r)
+#pragma unroll
+      for (int i = 0; i < V; ++i) passes |= order[r][i] > bound;
     if (!team_any<P>(passes)) continue;
-    append<V>(buffer, count, order, pre, bound, a.first + column);
-    team_sync<P>();
-    const int filled = *count;
-    team_sync<P>();
-    if (filled + P::kTeam * V <= P::kCapacity) continue;
-    sort_descending<P>(buffer, filled, a.k, lane);
-    bound = max(bound, order_in(buffer[a.k - 1]));
-    if (lane == 0) *count = a.k;
-    team_sync<P>();
-    trimmed = true;
+#pragma unroll
+    for (int r = 0; r < kReads; ++r) {
+      append<V>(buffer, count, order[r], pre[r], bound, a.first + start + (r * P::kTeam + lane) * V);
+      team_sync<P>();
+      const int filled = *count;
+      team_sync<P>();
+      if (filled + P::kTeam * V <= P::kCapacity) continue;
+      sort_descending<P>(buffer, filled, a.k, lane);
+      bound = max(bound, order_in(buffer[a.k - 1]));
+      if (lane == 0) *count = a.k;
+      team_sync<P>();
+      trimmed = true;
+    }
   }
-  sort_descending<P>(buffer, *count, a.k, lane);
+  const bool changed = !a.filled || *count > a.k || trimmed;
+  if (changed) sort_descending<P>(buffer, *count, a.k, lane);
   if constexpr (Limited) {
     passed = team_count<P>(passed, partial);
     if (lane == 0) a.passed[number] += passed;
   }
-  for (int j = lane; j < a.k; j += P::kTeam) {
+  for (int j = lane; j < a.k && (changed || a.last); j += P::kTeam) {
     const int64_t at = number * a.k + j;
     if (a.last) write_code(a.values, a.indices, a.dtype, at, buffer[j], Act == kAbs);
     else a.keys[at] = buffer[j];

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import sae_kernels as sk
-from sae_kernels.ops._backend import pick
+from sae_kernels.ops.topk_encode import backends
 
 from . import peers
 from .call import Call, Unsupported, leaf
@@ -149,10 +149,16 @@ OURS = {
 }
 
 
-def ours_backend(device: str = "cpu") -> str:
-    """The backend our ops take on the device, on a CPU with its instruction set."""
+ENCODERS = ("topk_encode", "threshold_encode", "batch_topk_encode", "serving", "first_call")
+
+
+def ours_backend(device: str, op: str, mode: str) -> str:
+    """The backend our op takes on the device, on a CPU with its instruction set; two where a module takes two."""
     if device != "cpu":
-        return pick(torch.device(device))
+        forward, rest = backends(torch.device(device))
+        if op == "module" and forward != rest:
+            return f"{forward}+{rest}"
+        return forward if op in ENCODERS and mode == "forward" else rest
     facts = sk.info()
     return f"cpu/{facts['instruction_set']}" if facts["backend"] == "cpu" else facts["backend"]
 

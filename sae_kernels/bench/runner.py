@@ -143,9 +143,8 @@ def chosen_providers(names: Iterable[str] | None, full: bool, device: str = "cpu
     """The named ones, or all that are for the device (the quick table's unless full)."""
     if names:
         return [PROVIDERS[_known("provider", name, PROVIDERS)] for name in names]
-    same = f"sae_kernels:{ours_backend(device)}"  # forcing what is chosen anyway would measure it twice
     here = (p for p in PROVIDERS.values() if p.only_on is None or device.startswith(p.only_on))
-    return [p for p in here if (full or p.quick) and p.key != same]
+    return [p for p in here if full or p.quick]
 
 
 _Timer = Callable[[int], float]  # number of calls -> seconds of one
@@ -202,7 +201,7 @@ class Cells:
         rows: list[Row] = []
         with contextlib.ExitStack() as stack:
             timed: dict[int, _Timer] = {}
-            for provider in self._compared(case):
+            for provider in self._compared(op, mode, case):
                 row = self._row(op, mode, case, provider)
                 rows.append(row)
                 if impossible:
@@ -234,14 +233,16 @@ class Cells:
         return not row.status.startswith(alone)
 
     def _row(self, op: str, mode: str, case: Case, provider: Provider) -> Row:
-        backend = ours_backend(self.device) if provider.backend == "auto" else provider.backend
+        backend = ours_backend(self.device, op, mode) if provider.backend == "auto" else provider.backend
         facts = {name: self.facts[name] for name in ("device", "torch", "triton", "commit")}
         return Row(op, mode, provider.name, backend, *case.size, **facts)
 
-    def _compared(self, case: Case) -> list[Provider]:
-        """Our forced backends are measured where the quick table is, and where they were asked for."""
+    def _compared(self, op: str, mode: str, case: Case) -> list[Provider]:
+        """Our forced backends are measured where the quick table is, and where they were asked for, but for the one
+        that is taken anyway."""
         if not self.full or case.quick:
-            return self.providers
+            same = f"sae_kernels:{ours_backend(self.device, op, mode)}" if self.full else ""
+            return [p for p in self.providers if p.key != same]
         return [p for p in self.providers if p.name != "sae_kernels" or p.backend == "auto"]
 
     def _prepare(self, row: Row, provider: Provider, op: str, mode: str, case: Case, w: Workload) -> _Timer | None:

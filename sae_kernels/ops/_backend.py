@@ -83,10 +83,10 @@ def backend(name: str) -> Iterator[None]:
         _forced = before
 
 
-def pick(device: torch.device) -> str:
+def pick(device: torch.device, on_cuda: str = "triton") -> str:
     """The backend for tensors on `device`: the forced one, else the best of that device, else the reference.
 
-    On CUDA devices that is Triton, where it is missing or has failed the CUDA C++ kernels.
+    on_cuda: which of "triton" and "cuda" is the faster for the op; the other serves where it is missing or has failed.
     """
     global _warned
     if _forced == "cpu" and device.type != "cpu":
@@ -99,10 +99,10 @@ def pick(device: torch.device) -> str:
         return _forced
     if device.type == "cpu" and _native.cpu_loaded():
         return "cpu"
-    if device.type == "cuda" and triton_error() is None:  # first until a GPU has measured both
-        return "triton"
-    if device.type == "cuda" and cuda_error(device) is None:
-        return "cuda"
+    if device.type == "cuda":
+        works = [name for name, error in (("triton", triton_error()), ("cuda", cuda_error(device))) if error is None]
+        if works:
+            return on_cuda if on_cuda in works else works[0]
     if not _warned and not torch.compiler.is_compiling():
         _warned = True
         causes = {"cpu": _native.cpu_error, "cuda": f"{triton_error()}; {cuda_error(device)}"}

@@ -4,9 +4,8 @@ import torch
 from torch import Tensor
 
 from . import _autocast, _checks, reference
-from ._backend import pick
 from .threshold_encode import counted_backward, save_for_counted_backward, threshold_with
-from .topk_encode import check_encoder, topk_with
+from .topk_encode import backends, check_encoder, topk_with
 
 _SAMPLE, _MARGIN = 64, 1.3  # rows of the guess, and how many more candidates than needed it aims at
 
@@ -69,7 +68,7 @@ def batch_topk_encode(
     _checks.integer("batch_topk_encode", "max_active", max_active, 1, W_enc.shape[0])
     run = _BatchTopKEncode.apply if _checks.needs_grad(x, W_enc, b_enc) else _BatchTopKEncode.forward
     flat = x.reshape(-1, x.shape[-1])
-    values, indices, counts, threshold = run(flat, W_enc, b_enc, k, max_active, activation, latent_mask, pick(x.device))
+    values, indices, counts, threshold = run(flat, W_enc, b_enc, k, max_active, activation, latent_mask, backends(x.device))
     shape = (*x.shape[:-1], max_active)
     return values.reshape(shape).to(x_dtype), indices.reshape(shape), counts.reshape(shape[:-1]), threshold
 
@@ -111,7 +110,8 @@ _lib.impl("batch_topk_encode", _choose, "CompositeExplicitAutograd")
 
 class _BatchTopKEncode(torch.autograd.Function):
     @staticmethod
-    def forward(x, W_enc, b_enc, k, max_active, activation, latent_mask, backend):
+    def forward(x, W_enc, b_enc, k, max_active, activation, latent_mask, backends):
+        backend, _ = backends
         if backend == "reference":
             with _autocast.switched_off(x.device):
                 return reference.batch_topk_encode(x, W_enc, b_enc, k, max_active, activation, latent_mask)

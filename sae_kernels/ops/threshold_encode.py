@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from . import _autocast, _checks, reference
-from ._backend import cuda_or, pick, triton_or
-from .topk_encode import ACTIVATIONS, check_encoder, encoder_grads
+from ._backend import cuda_or, triton_or
+from .topk_encode import ACTIVATIONS, backends, check_encoder, encoder_grads
 
 _PLAIN_CELLS = 2**20
 
@@ -70,7 +70,7 @@ def threshold_encode(
     limit = _limit(threshold, x, W_enc.shape[0], activation)
     run = _ThresholdEncode.apply if _checks.needs_grad(x, W_enc, b_enc) else _ThresholdEncode.forward
     flat = x.reshape(-1, x.shape[-1])
-    values, indices, counts = run(flat, W_enc, b_enc, limit, max_active, activation, latent_mask, pick(x.device))
+    values, indices, counts = run(flat, W_enc, b_enc, limit, max_active, activation, latent_mask, backends(x.device))
     shape = (*x.shape[:-1], max_active)
     return values.reshape(shape).to(x_dtype), indices.reshape(shape), counts.reshape(shape[:-1])
 
@@ -138,8 +138,8 @@ _lib.impl("threshold_encode_cuda", _without_triton, "CompositeExplicitAutograd")
 
 class _ThresholdEncode(torch.autograd.Function):
     @staticmethod
-    def forward(x, W_enc, b_enc, limit, max_active, activation, latent_mask, backend):
-        return threshold_with(backend, x, W_enc, b_enc, limit, max_active, activation, latent_mask)
+    def forward(x, W_enc, b_enc, limit, max_active, activation, latent_mask, backends):
+        return threshold_with(backends[0], x, W_enc, b_enc, limit, max_active, activation, latent_mask)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -152,10 +152,10 @@ class _ThresholdEncode(torch.autograd.Function):
 
 
 def save_for_counted_backward(ctx, inputs: tuple, output: tuple) -> None:
-    """inputs: x, W_enc, ..., backend; output: values, indices, counts, ..."""
+    """inputs: x, W_enc, ..., backends; output: values, indices, counts, ..."""
     ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(*inputs[:2], *output[1:3])
-    ctx.backend = inputs[-1]
+    ctx.backend = inputs[-1][1]
 
 
 def counted_backward(ctx, grad_values: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:

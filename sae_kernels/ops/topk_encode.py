@@ -75,7 +75,7 @@ def topk_encode(
     check_encoder("topk_encode", x, W_enc, b_enc, activation, latent_mask, k=k)
     flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     run = _TopKEncode.apply if _checks.needs_grad(x, W_enc, b_enc) else _TopKEncode.forward
-    values, indices = run(flat, W_enc, b_enc, k, activation, latent_mask, pick(x.device))
+    values, indices = run(flat, W_enc, b_enc, k, activation, latent_mask, backends(x.device))
     if x.dim() != 2:
         shape = (*x.shape[:-1], k)
         values, indices = values.reshape(shape), indices.reshape(shape)
@@ -104,6 +104,11 @@ def check_encoder(op: str, x, W_enc, b_enc, activation, latent_mask, **sizes) ->
                 f"{op}: latent_mask must be bool [{W_enc.shape[0]}], got {latent_mask.dtype} {tuple(latent_mask.shape)}"
             )
         _checks.same_device(op, "x", x, "latent_mask", latent_mask)
+
+
+def backends(device: torch.device) -> tuple[str, str]:
+    """Of an encoder's forward kernel and of its gradients, each the faster on a GPU."""
+    return pick(device, on_cuda="cuda"), pick(device)
 
 
 def topk_with(backend: str, x, W_enc, b_enc, k, activation, latent_mask) -> tuple[Tensor, Tensor]:
@@ -171,12 +176,12 @@ for _name, _triton, _cuda, _plain in (
 
 class _TopKEncode(torch.autograd.Function):
     @staticmethod
-    def forward(x, W_enc, b_enc, k, activation, latent_mask, backend):
-        return topk_with(backend, x, W_enc, b_enc, k, activation, latent_mask)
+    def forward(x, W_enc, b_enc, k, activation, latent_mask, backends):
+        return topk_with(backends[0], x, W_enc, b_enc, k, activation, latent_mask)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        x, W_enc, b_enc, _, activation, latent_mask, backend = inputs
+        x, W_enc, b_enc, _, activation, latent_mask, (_, backend) = inputs
         values, indices = output
         ctx.mark_non_differentiable(indices)
         ctx.save_for_backward(x, W_enc, values, indices, latent_mask)
