@@ -35,6 +35,7 @@ FIELDS = ("kernel", "configuration", "arch", "registers", "stack", "shared", "in
 
 
 TYPES = {"slab": "*fp32", "mask": "*u8", "keys": "*i64", "counts": "*i32", "overflows": "*i32", "indices": "*i32"}
+TYPES |= {"marks": "*u8", "weight": "*fp32"}
 TYPES |= {"threshold": "*fp32", "passed": "*i32", "codes": "*bf16", "groups": "*fp32", "names": "*i32", "fills": "*i32", "prefixes": "*i32", "budget_of": "*i32"}
 TYPES |= dict.fromkeys(("starts", "chunks", "first_slot", "latent_of", "slot_of", "split_latents"), "*i64")
 TYPES |= dict.fromkeys(("order", "begins", "ends"), "*i32")
@@ -144,6 +145,8 @@ def stats_kernels():
     block = {"BLOCK": activation_stats.BLOCK}
     for dtype in ("fp32", "bf16", "fp64"):
         yield activation_stats.add_entries, dtype, {**block, "HAS_NUMBERS": True}, 4, 3
+    marks = {"K": 64, "HAS_WEIGHT": True, "BLOCK": 2 * activation_stats.BLOCK}
+    yield activation_stats.mark_fired, "bf16", marks, 4, 3
     yield activation_stats.carry_limbs, "fp32", block, 4, 3
     yield activation_stats.count_bins, "bf16", block, 4, 3
     yield activation_stats.count_pairs, "bf16", {"HAS_POSITION": True, "A": 16, "B": 32}, 4, 3

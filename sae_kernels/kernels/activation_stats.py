@@ -173,6 +173,33 @@ def merge_candidates(values, ids, order, starts, top_values, top_ids, k, n, NP: 
         tl.store(top_ids + latent * n + rank, tl.where(name == none, -1, name), mask=held)
 
 
+@triton.jit(do_not_specialize=["entries"])
+def mark_fired(
+    values, indices, weight, marks, entries, d_sae, K: tl.constexpr, HAS_WEIGHT: tl.constexpr, BLOCK: tl.constexpr
+):
+    """marks [d_sae] uint8: 1 for the latents of values other than 0. Most programs find the mark made: they look, as
+    writes to one address wait for each other."""
+    entry = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    on = entry < entries
+    latent = tl.load(indices + entry, mask=on, other=0).to(tl.int64)
+    fires = on & (tl.load(values + entry, mask=on, other=0.0) != 0) & (latent >= 0) & (latent < d_sae)
+    if HAS_WEIGHT:
+        fires = fires & (tl.load(weight + entry // K, mask=on, other=0.0) > 0)
+    made = tl.load(marks + latent, mask=fires, other=1)
+    tl.store(marks + latent, tl.full((BLOCK,), 1, tl.uint8), mask=fires & (made == 0))
+
+
+def fired(values: Tensor, indices: Tensor, weight: Tensor | None, d_sae: int) -> Tensor:
+    """values, indices [N, k], weight [N] -> [d_sae] bool: latents of values other than 0, in rows of weight above 0."""
+    marks = torch.zeros(d_sae, dtype=torch.uint8, device=values.device)
+    if values.numel() > 0:
+        mark_fired[(triton.cdiv(values.numel(), 2 * BLOCK),)](
+            values.contiguous(), indices.contiguous(), None if weight is None else weight.contiguous(), marks,
+            values.numel(), d_sae, K=values.shape[1], HAS_WEIGHT=weight is not None, BLOCK=2 * BLOCK,
+        )  # fmt: skip
+    return marks.bool()
+
+
 def update(
     values: Tensor, indices: Tensor, counts: Tensor, sums: Tensor, maximum: Tensor, last: Tensor, rejected: Tensor,
     foreign: Tensor, row: int, numbers: Tensor | None,

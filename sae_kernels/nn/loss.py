@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..ops import _checks, sae_loss, sparse_decode, topk_encode
+from ..ops._rows import row_blocks
 from ..ops.reference import accumulator
 from .code import SparseCode
 from .group import summed
@@ -16,7 +16,6 @@ from .group import summed
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-_BLOCK_ELEMENTS = 2**20
 _RESIDUAL_ELEMENTS = 2**20  # 4 MiB of float32
 
 
@@ -30,19 +29,9 @@ class SAELoss(NamedTuple):
     code: SparseCode
 
 
-def row_blocks(x: Tensor, elements: int = _BLOCK_ELEMENTS) -> Iterator[slice]:
-    """Row ranges of x [N, d] of about so many elements; one range in a compiled graph, which holds few temporaries."""
-    if torch.compiler.is_compiling():
-        yield slice(None)
-        return
-    step = max(1, elements // max(1, x.shape[-1]))
-    for start in range(0, x.shape[0], step):
-        yield slice(start, start + step)
-
-
 def _weighted_square(difference: Tensor, weight: Tensor | None) -> Tensor:
     # row by row first: the order of summation is then the same for any number of threads
-    return weighted_sum(difference.square().sum(-1), weight)
+    return weighted_sum(torch.linalg.vector_norm(difference, dim=-1).square(), weight)
 
 
 class _SquaredError(torch.autograd.Function):
@@ -53,7 +42,7 @@ class _SquaredError(torch.autograd.Function):
         acc = accumulator(y.dtype)
         total = torch.zeros((), dtype=acc, device=y.device)
         for block in row_blocks(y):
-            difference = y[block].to(acc) - x[block].to(acc)
+            difference = y[block].to(acc) - x[block]
             total = total + _weighted_square(difference, None if weight is None else weight[block])
         return total
 
@@ -164,15 +153,15 @@ def total_variance(x: Tensor, weight: Tensor | None = None, group: ProcessGroup 
     mass = zero + x.shape[0] if weight is None else weight.sum()
     total = torch.zeros(x.shape[1], dtype=acc, device=x.device)
     for block in row_blocks(x):
-        part = x[block].to(acc)
-        total = total + (part if weight is None else part * weight[block].unsqueeze(-1)).sum(0)
+        part = x[block] if weight is None else x[block] * weight[block].unsqueeze(-1)
+        total = total + part.sum(0, dtype=acc)
     if group is not None:
         total, mass = summed(torch.cat([total, mass.to(acc).reshape(1)]), group).split([x.shape[1], 1])
         mass = mass.squeeze(0)
     mean = total / torch.where(mass > 0, mass, 1)
     variance = zero
     for block in row_blocks(x):
-        variance = variance + _weighted_square(x[block].to(acc) - mean, None if weight is None else weight[block])
+        variance = variance + _weighted_square(x[block] - mean, None if weight is None else weight[block])
     variance = summed(variance, group)
     about_zero = variance + mass * mean.square().sum()
     variance = torch.where(variance > (16 * torch.finfo(acc).eps) ** 2 * about_zero, variance, about_zero)

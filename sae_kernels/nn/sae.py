@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import _autocast, _checks, sparse_decode, topk_encode
+from ..ops.fired import fired
 from ..ops.reference import accumulator
 from ..ops.sae_loss import autoencoder_loss, has_autoencoder_loss
 from ..ops.topk_encode import ACTIVATIONS
@@ -21,7 +22,6 @@ from .loss import (
     checked_weight,
     keeps_residual,
     reconstruction_error,
-    row_blocks,
     total_variance,
     weighted_sum,
 )
@@ -274,21 +274,14 @@ class TopKSAE(nn.Module):
 
     @torch.no_grad()
     def _count_firings(self, values: Tensor, indices: Tensor, weight: Tensor | None) -> None:
-        latents = self.rows_since_fired.shape[0]
-        fired = torch.zeros(latents + 1, dtype=torch.bool, device=values.device)
-        for block in row_blocks(values):
-            fires = values[block] != 0
-            if weight is not None:
-                fires = fires & (weight[block] > 0).unsqueeze(-1)
-            # slots that do not fire go to one latent too many; every write is the same, so the order does not matter
-            fired.index_fill_(0, torch.where(fires, indices[block], latents).reshape(-1).long(), True)
-        fired, seen = fired[:latents], values.shape[0] if weight is None else (weight > 0).sum()
+        found = fired(values, indices, self.rows_since_fired.shape[0], weight)
+        seen = values.shape[0] if weight is None else (weight > 0).sum()
         if self.data_group is not None:
-            counts = torch.cat([fired.int(), torch.zeros_like(fired[:1], dtype=torch.int32) + seen])
+            counts = torch.cat([found.int(), torch.zeros_like(found[:1], dtype=torch.int32) + seen])
             counts = summed(counts, self.data_group)
-            fired, seen = counts[:-1] > 0, counts[-1]
+            found, seen = counts[:-1] > 0, counts[-1]
         self.rows_since_fired.add_(seen)
-        self.rows_since_fired.masked_fill_(fired, 0)
+        self.rows_since_fired.masked_fill_(found, 0)
 
     def _aux(self, x: Tensor, weight: Tensor | None) -> Tensor:
         dead = self.dead
