@@ -1,11 +1,20 @@
 """The shuffled reader: exact epochs, a shuffle that passes its statistics, positions, parts, workers, wrong inputs."""
 
+import ctypes
+import itertools
+import mmap
+import os
 import threading
+import time
+from pathlib import Path
 
 import pytest
 import torch
 from ranks import run_ranks
 
+from sae_kernels import _native
+from sae_kernels._seed import mix_seed
+from sae_kernels.data import _shard_rows
 from sae_kernels.data import reader as reader_module
 from sae_kernels.data.reader import ShuffledReader
 from sae_kernels.data.store import ActivationStore, RowWriter
@@ -55,6 +64,113 @@ def test_order_depends_on_the_seed_and_not_on_the_workers(store):
     assert torch.equal(first, again) and torch.equal(first, threads) and not torch.equal(first, other)
 
 
+def order_of_epoch(rows, shard_rows, seed, buffer_rows, piece_rows, lanes):
+    """The order as the class describes it, row by row."""
+
+    def shuffled(items, seed):
+        return [items[i] for i in torch.randperm(len(items), generator=torch.Generator().manual_seed(seed)).tolist()]
+
+    shards = [range(first, min(first + shard_rows, rows)) for first in range(0, rows, shard_rows)]
+    pieces = [shard[i : i + piece_rows] for shard in shards for i in range(0, len(shard), piece_rows)]
+    sequence = itertools.chain.from_iterable(shuffled(pieces, seed))
+    lane_rows = [iter(list(itertools.islice(sequence, len(range(lane, rows, lanes))))) for lane in range(lanes)]
+    order = {}
+    for start, lane in itertools.product(range(0, rows, buffer_rows), range(lanes)):
+        places = [place for place in range(start, min(start + buffer_rows, rows)) if place % lanes == lane]
+        order.update(zip(shuffled(places, mix_seed(seed, start * lanes + lane)), lane_rows[lane], strict=False))
+    return [order[place] for place in range(rows)]
+
+
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize(
+    "options",
+    [
+        SMALL,
+        {"buffer_rows": 64, "piece_rows": 1, "lanes": 16},
+        {"buffer_rows": 320, "piece_rows": 97, "lanes": 1},
+    ],
+)
+def test_the_order_is_the_one_described(store, options, native, monkeypatch):
+    monkeypatch.setattr(_native, "cpu_loaded", lambda: native and _native.cpu_error is None)
+    epochs = [order_of_epoch(ROWS, 97, mix_seed(5, epoch), **options) for epoch in range(2)]
+    found = drawn(ShuffledReader(store, 64, seed=5, **options), 2 * ROWS // 64)
+    assert found.tolist() == sum(epochs, [])[: len(found)]
+
+
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("width", [1, 12, 64, 200, 256])
+@pytest.mark.parametrize("begin", [0, 8])  # 0: rows of 64 and 256 bytes are whole cache lines
+def test_rows_of_spans_go_to_their_places(width, begin, native, monkeypatch):
+    monkeypatch.setattr(_native, "cpu_loaded", lambda: native and _native.cpu_error is None)
+    g = torch.Generator().manual_seed(width)
+    shards = [torch.randint(256, (rows, width), generator=g, dtype=torch.uint8) for rows in (50, 7, 50)]
+    spans = torch.tensor([[3, 40], [0, 7], [50, 0]])
+    order = torch.randperm(47, generator=g)
+    memory = torch.zeros(3 * 47 * width + begin, dtype=torch.uint8)[begin:].view(47, 3, width)
+    _shard_rows.scatter(shards, spans, order, memory[:, 1])
+    expected = torch.zeros_like(memory)
+    expected[order, 1] = torch.cat([shards[0][3:43], shards[1]])
+    assert torch.equal(memory, expected)
+
+
+@pytest.mark.skipif(not _native.cpu_loaded(), reason=f"native library: {_native.cpu_error}")
+def test_the_kernel_leaves_memory_that_is_not_its_own():
+    shard, out = torch.zeros(5, 8, dtype=torch.uint8), torch.zeros(2, 8, dtype=torch.uint8)
+    for spans, order, what in (
+        ([[4, 2]], [0, 1], "a span is outside of its shard"),
+        ([[-1, 2]], [0, 1], "a span is outside of its shard"),
+        ([[0, 3]], [0, 1], "more rows than places"),
+        ([[0, 2]], [0, 2], "order is not one of out's rows"),
+        ([[0, 2]], [-1, 0], "order is not one of out's rows"),
+        ([[0, 1], [1, 1]], [0, 1], "each span needs its shard"),
+    ):
+        with pytest.raises(RuntimeError, match=what):
+            _shard_rows.scatter([shard], torch.tensor(spans), torch.tensor(order), out)
+    with pytest.raises(RuntimeError, match="or of other rows"):
+        _shard_rows.scatter([shard], torch.tensor([[0, 2]]), torch.tensor([0, 1]), out[:, :4])
+
+
+def in_memory(row):
+    """Whether the page that a row of a mapped file begins on is in memory: mincore(2)."""
+    there = ctypes.create_string_buffer(1)
+    page = row.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
+    assert ctypes.CDLL(None).mincore(ctypes.c_void_p(page), ctypes.c_size_t(1), there) == 0
+    return there.raw[0] & 1 == 1
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fadvise") or not _native.cpu_loaded(), reason="needs Linux and the library")
+@pytest.mark.parametrize("told", [True, False])
+def test_spans_that_are_asked_for_come_into_memory(tmp_path, told):
+    store = write(tmp_path / "acts", 4096, 4096, d=256)  # 4 MiB
+    shard = store.shard(0)["x"].view(torch.uint8)
+    with open(Path(store.url) / store.shards[0].name, "rb") as file:
+        file.read()  # so that nothing is on its way
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    if in_memory(shard[2048]):
+        pytest.skip("this file system keeps files in memory")
+    _shard_rows.ask([shard, shard], torch.tensor([[1024, 512], [3072, 256]]), told)
+    deadline = time.monotonic() + 30
+    while not all(in_memory(shard[row]) for row in (1024, 1300, 1530, 3080, 3320)):
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    assert not any(in_memory(shard[row]) for row in (500, 1000, 1560, 2600, 3040, 3350))
+
+
+def test_a_reader_that_would_wait_helps_its_worker(store, monkeypatch):
+    both, scatter = threading.Barrier(2, timeout=30), _shard_rows.scatter
+
+    def meet(*job):
+        both.wait()
+        scatter(*job)
+
+    monkeypatch.setattr(_shard_rows, "scatter", meet)
+    rows = drawn(ShuffledReader(store, 64, workers=1, **SMALL), 4)
+    both.abort()
+    monkeypatch.setattr(_shard_rows, "scatter", scatter)
+    assert torch.equal(rows, drawn(ShuffledReader(store, 64, workers=0, **SMALL), 4))
+
+
 def test_bfloat16_rows_come_as_stored(tmp_path):
     store = write(tmp_path / "acts", 200, 64, d=5, dtype=torch.bfloat16)
     batch = ShuffledReader(store, 200, workers=0).next()
@@ -86,8 +202,8 @@ def test_parts_share_the_batches_and_read_no_row_twice(store, parts, monkeypatch
     read, pieces = [], reader_module._Epoch.pieces
 
     def counted(self, *job):
-        found = list(pieces(self, *job))
-        read.append(sum(count for _, _, count in found))
+        found = pieces(self, *job)
+        read.append(sum(int(spans[:, 1].sum()) for _, spans in found))
         return found
 
     whole = ShuffledReader(store, 64, workers=0, **SMALL)
@@ -127,7 +243,7 @@ def test_a_batch_over_two_buffers_holds_neither(store):
 def test_close_lets_go_and_batches_stay(store):
     reader = ShuffledReader(store, 64, workers=2, **SMALL)
     batch = reader.next()
-    copy, threads = batch.clone(), [thread for thread in threading.enumerate() if thread.name.startswith("reader")]
+    copy, threads = batch.clone(), list(reader._workers._threads)
     reader.close()
     assert threads and not any(thread.is_alive() for thread in threads)
     assert torch.equal(batch, copy) and not reader._buffers and not reader._shards

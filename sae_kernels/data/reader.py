@@ -1,11 +1,14 @@
 """Rows of an activation store in shuffled epochs, read in large pieces through a bounded buffer."""
 
 import hashlib
+import os
 import sys
 import threading
-from collections import OrderedDict
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections import OrderedDict, deque
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,10 +16,15 @@ from torch import Tensor
 
 from .._need import need
 from .._seed import mix_seed
+from . import _shard_rows
 from .store import ActivationStore
 
 PIECE_BYTES, BUFFER_BYTES = 256 << 10, 128 << 20
+AHEAD_BYTES = 16 << 20  # on their way from the disk while others are copied
+LINE = 64  # rows of whole cache lines are copied fastest where they begin on one
 OPEN_LOCAL = 4096
+Job = Callable[[], None]
+Pieces = tuple[list[int], Tensor]  # the shard of each, and int64 [n, 2]: first row there, rows
 _ONCE = [object()]
 _UNSHARED = sys.getrefcount(_ONCE[0])  # of what a list alone holds
 
@@ -29,9 +37,9 @@ class ShuffledReader:
     An epoch cuts the shards into pieces of piece_rows rows, puts the pieces in random order, and deals that sequence
     to `lanes` equal lanes. A buffer of buffer_rows rows takes as many from each lane, shuffles them within it, and a
     batch takes from the lanes in turn: its rows come from all over the store, and those of one piece are spread over
-    a buffer. `workers` threads fill the next buffer meanwhile (0: it is filled when it is needed). Memory: two buffers;
-    of a store behind a URL also the shards that the lanes are in. Narrow rows go faster into a buffer that stays in the
-    processor's cache (8 MiB, say), and are mixed more by a larger one.
+    a buffer. `workers` threads fill the next buffer meanwhile (0: it is filled when it is needed); next() helps them
+    where it would wait. Memory: two buffers; of a store behind a URL also the shards that the lanes are in. Local files
+    are read through memory maps, and the disk is asked for their pieces some way ahead.
 
     The order depends on the arguments, the seed and the store alone, and a position in it is the number of rows drawn:
     a run goes on exactly where it stopped, on any number of processes. With split(part, parts), part of `parts`
@@ -79,9 +87,12 @@ class ShuffledReader:
         self._threads, self._workers = workers, ThreadPoolExecutor(workers, "reader") if workers else None
         self._buffers: list[Any] = []
         self._current: tuple[tuple[int, int], Tensor] | None = None
-        self._ahead: tuple[tuple[int, int], Tensor, list[Future]] | None = None
+        self._ahead: tuple[tuple[int, int], _Fill] | None = None
         self._epoch: tuple[int, _Epoch] | None = None
         self._shards, self._keep = OrderedDict(), max(2, lanes) if remote else OPEN_LOCAL
+        self._local = not remote
+        # who may not write a file is not told what of it is in memory
+        self._told = self._local and os.access(Path(store.url) / store.shards[0].name, os.W_OK)
         self._lock = threading.Lock()
 
     def next(self) -> Tensor:
@@ -133,67 +144,90 @@ class ShuffledReader:
         key = (epoch, number)
         if self._current is None or self._current[0] != key:
             self._current = None  # its memory may hold the next one
-            _, rows, fills = self._ahead if self._ahead and self._ahead[0] == key else (key, *self._start(key))
+            fill = self._ahead[1] if self._ahead and self._ahead[0] == key else self._start(key)
             self._ahead = None
-            for fill in fills:
-                fill.result()
-            self._current = key, rows
+            self._current = key, fill.finish().view(self.store.dtype)
             if self._workers is not None:
                 after = (epoch, number + 1) if (number + 1) * self.buffer_rows < self.store.rows else (epoch + 1, 0)
-                self._ahead = (after, *self._start(after))
+                self._ahead = after, self._start(after)
         return self._current[1]
 
-    def _start(self, key: tuple[int, int]) -> tuple[Tensor, list[Future]]:
-        """Begins to fill a buffer: its rows, which are there once the futures are done."""
+    def _start(self, key: tuple[int, int]) -> "_Fill":
         epoch, number = key
         if self._epoch is None or self._epoch[0] != epoch:
             self._epoch = epoch, _Epoch(self.store, self.piece_rows, self.lanes, mix_seed(self.seed, epoch))
         start = number * self.buffer_rows
         stop = min(start + self.buffer_rows, self.store.rows)
-        memory = self._memory((self._first(stop) - self._first(start)) * self._row_bytes)
-        lanes = range(self._part, self.lanes, self._parts)
-        if self._workers is None:
-            self._fill(self._epoch[1], lanes, start, stop, memory)
-            fills = []
-        else:
-            shares = min(self._threads, len(lanes))
-            jobs = ((self._epoch[1], lanes[i::shares], start, stop, memory) for i in range(shares))
-            fills = [self._workers.submit(self._fill, *job) for job in jobs]
-        return torch.from_numpy(memory).view(self.store.dtype).view(-1, self.store.d), fills
+        lanes, first = range(self._part, self.lanes, self._parts), self._first(start)
+        rows = self._memory(self._first(stop) - first)
+        pieces, seed = self._epoch[1].pieces(lanes, start, stop), self._epoch[1].seed
+        # the disk is asked for so many lanes ahead of the one that is copied
+        ahead = max(1, AHEAD_BYTES * len(lanes) // max(1, rows.nbytes))
+        jobs = []
+        for i, lane in enumerate(lanes):
+            # row j of a lane is row lane + j * lanes of the epoch: every so many rows of this part's buffer
+            places = rows[self._first(start + (lane - start) % self.lanes) - first :: self.lanes // self._parts]
+            soon = pieces[i + ahead if i else 0 : i + ahead + 1] if self._local else []
+            jobs.append(partial(self._fill, places, pieces[i], mix_seed(seed, start * self.lanes + lane), soon))
+        return _Fill(rows, jobs, self._workers, self._threads)
 
-    def _memory(self, size: int) -> Any:
-        """Memory of an old buffer of which no batch is in use, else new: first use of new memory costs most of all."""
-        largest = self.buffer_rows * self._row_bytes
+    def _memory(self, rows: int) -> Tensor:
+        """uint8 [rows, bytes of a row] of an old buffer of which no batch is in use, else of a new one: first use of
+        new memory costs most of all."""
         for i in range(len(self._buffers)):
             if sys.getrefcount(self._buffers[i]) == _UNSHARED:
-                return self._buffers[i][:size]
-        self._buffers = [*self._buffers[-1:], self._numpy.empty(largest, dtype=self._numpy.uint8)]
-        return self._buffers[-1][:size]
+                break
+        else:
+            i, size = -1, self.buffer_rows * self._row_bytes + LINE
+            self._buffers = [*self._buffers[-1:], self._numpy.empty(size, dtype=self._numpy.uint8)]
+        begin = -self._buffers[i].ctypes.data % LINE
+        memory = self._buffers[i][begin : begin + rows * self._row_bytes]
+        return torch.from_numpy(memory).view(rows, self._row_bytes)
 
-    def _fill(self, epoch: "_Epoch", lanes: range, start: int, stop: int, memory: Any) -> None:
-        """Puts the rows that `lanes` have between `start` and `stop` of the epoch into their places."""
-        rows, first = memory.view(f"V{self._row_bytes}"), self._first(start)
-        for lane in lanes:
-            # row i of a lane is row lane + i * lanes of the epoch: every so many rows of this part's buffer
-            low, high = (-((lane - row) // self.lanes) for row in (start, stop))
-            places = rows[self._first(lane + low * self.lanes) - first :: self.lanes // self._parts]
-            generator = torch.Generator().manual_seed(mix_seed(epoch.seed, start * self.lanes + lane))
-            order, done = torch.randperm(high - low, generator=generator).numpy(), 0
-            for shard, begin, count in epoch.pieces(lane, low, high):
-                places[order[done : done + count]] = self._shard(shard)[begin : begin + count]
-                done += count
+    def _fill(self, places: Tensor, pieces: Pieces, seed: int, soon: list[Pieces]) -> None:
+        """Copies the pieces of a lane to its places, and asks for those that come soon."""
+        for numbers, spans in soon:
+            _shard_rows.ask(self._open(numbers), spans, self._told)
+        order = torch.randperm(len(places), generator=torch.Generator().manual_seed(seed))
+        numbers, spans = pieces
+        _shard_rows.scatter(self._open(numbers), spans, order, places)
 
-    def _shard(self, number: int) -> Any:
-        """[rows] of a shard's bytes, one item per row."""
+    def _open(self, numbers: list[int]) -> list[Tensor]:
+        """uint8 [rows, bytes of a row] of shards."""
         with self._lock:
-            found = self._shards.pop(number, None)
-            if found is None:
-                x = self.store.shard(number)["x"]
-                found = x.view(torch.uint8).numpy().view(f"V{self._row_bytes}").reshape(-1)
-            self._shards[number] = found
-            while len(self._shards) > self._keep:
-                self._shards.popitem(last=False)
+            return [self._shard(number) for number in numbers]
+
+    def _shard(self, number: int) -> Tensor:
+        found = self._shards.pop(number, None)
+        if found is None:
+            found = self.store.shard(number)["x"].view(torch.uint8)
+        self._shards[number] = found
+        while len(self._shards) > self._keep:
+            self._shards.popitem(last=False)
         return found
+
+
+class _Fill:
+    """A buffer that is being filled: jobs, done by whichever threads have time."""
+
+    def __init__(self, rows: Tensor, jobs: list[Job], pool: ThreadPoolExecutor | None, threads: int) -> None:
+        self._rows, self._jobs = rows, deque(jobs)
+        self._helpers = [pool.submit(self._work) for _ in range(min(threads, len(jobs)))] if pool else []
+
+    def finish(self) -> Tensor:
+        """The rows, once they are there: this thread does what is left."""
+        self._work()
+        for helper in self._helpers:
+            helper.result()
+        return self._rows
+
+    def _work(self) -> None:
+        while True:
+            try:
+                job = self._jobs.popleft()
+            except IndexError:
+                return
+            job()
 
 
 class _Epoch:
@@ -205,19 +239,26 @@ class _Epoch:
         order = torch.randperm(int(counts.sum()), generator=torch.Generator().manual_seed(seed))
         shard = torch.arange(len(rows)).repeat_interleave(counts)[order]
         begin = (order - (counts.cumsum(0) - counts)[shard]) * piece_rows
-        ends = torch.minimum(begin + piece_rows, rows[shard]).sub_(begin).cumsum_(0)
-        # its row in the shard for row e of the epoch: e + shift of the piece that e is in
-        shift = begin - torch.nn.functional.pad(ends[:-1], (1, 0))
-        self.seed, self._shard, self._shift, self._ends = seed, shard.numpy(), shift.numpy(), ends.numpy()
+        lengths = torch.minimum(begin + piece_rows, rows[shard]).sub_(begin)
+        ends = lengths.cumsum(0)
+        # piece p has the rows _starts[p] to _ends[p] of the epoch, which are those from _begin[p] on of its shard
+        self.seed, self._shard, self._begin = seed, shard, begin
+        self._starts, self._ends = ends - lengths, ends
         # lane l has the rows l, l + lanes, ... of the epoch: so many
         each = (store.rows - torch.arange(lanes) + lanes - 1).clamp(min=0) // lanes
-        self._lanes = (each.cumsum(0) - each).tolist()
+        self._lanes = each.cumsum(0) - each
 
-    def pieces(self, lane: int, low: int, high: int) -> Iterator[tuple[int, int, int]]:
-        """(shard, first row, rows) of the rows low to high of a lane."""
-        row, stop = self._lanes[lane] + low, self._lanes[lane] + high
-        piece = int(self._ends.searchsorted(row, side="right"))
-        while row < stop:
-            end = min(stop, int(self._ends[piece]))
-            yield int(self._shard[piece]), row + int(self._shift[piece]), end - row
-            row, piece = end, piece + 1
+    def pieces(self, lanes: range, start: int, stop: int) -> list[Pieces]:
+        """For each lane, what it has of the rows start to stop of the epoch."""
+        lane = torch.arange(lanes.start, lanes.stop, lanes.step)
+        every = len(self._lanes)
+        low, high = (self._lanes[lane] + (row - lane + every - 1) // every for row in (start, stop))
+        first = torch.searchsorted(self._ends, low, right=True)
+        counts = (torch.searchsorted(self._ends, high) + 1 - first) * (low < high)
+        of = torch.arange(len(lane)).repeat_interleave(counts)
+        piece = torch.arange(len(of)) + (first - counts.cumsum(0) + counts)[of]
+        low, high = torch.maximum(self._starts[piece], low[of]), torch.minimum(self._ends[piece], high[of])
+        spans = torch.stack([self._begin[piece] + low - self._starts[piece], high - low], 1)
+        counts = counts.tolist()
+        shards = self._shard[piece].split(counts)
+        return [(numbers.tolist(), part) for numbers, part in zip(shards, spans.split(counts), strict=True)]
