@@ -330,6 +330,7 @@ __device__ __forceinline__ int next_tile(const FusedArgs& a, const FusedShared& 
   }
   if (KC < 4) columns.read(a, latent, limits);  // while the product runs, where there are registers to
   end_product(acc);
+  __syncwarp();  // all lanes have read the tile
   for (int chunk = 0; chunk < KC; ++chunk) {
     if (threadIdx.x % kWarp == 0) shared.empty[began].arrive();
     if (++began == a.stages) began = 0;

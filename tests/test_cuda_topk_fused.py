@@ -1,0 +1,129 @@
+"""The fused CUDA encoder, which writes no pre-activations, against the fp64 oracle: on a GPU or on the CPU."""
+
+from functools import partial
+
+import cuda_library
+import pytest
+import torch
+from test_topk_encode import assert_is_topk, small_integers
+
+from sae_kernels.cuda import threshold_encode as limited
+from sae_kernels.cuda import topk_encode as kernel
+from sae_kernels.ops import reference
+from sae_kernels.ops.topk_encode import ACTIVATIONS
+
+encode, above = (partial(cuda_library.call, f) for f in (kernel.topk_encode, limited.threshold_encode))
+ON_GPU = cuda_library.DEVICE == "cuda"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def library():
+    cuda_library.load()
+
+
+@pytest.fixture(autouse=True)
+def fused_alone(monkeypatch):
+    """Every call here is of a shape that the fused kernel takes."""
+    for name in ("_by_slabs", "_by_sorting"):
+        monkeypatch.setattr(kernel, name, lambda *_, name=name: pytest.fail(f"{name} ran"))
+
+
+def assert_same(got, want):
+    assert torch.equal(got[1], want[1])
+    torch.testing.assert_close(got[0].double(), want[0].double(), rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("activation", range(3))
+@pytest.mark.parametrize("rows, d_in, d_sae, k", [(3, 8, 64, 5), (70, 64, 512, 32), (5, 136, 1088, 64), (2, 256, 192, 128)])
+def test_ties_index_for_index(rows, d_in, d_sae, k, activation, dtype):
+    """One, two and four chunks of depth, one of them not full; with a first bound and without; both sizes of buffers."""
+    x, W, b = small_integers(rows, d_in, d_sae, dtype, seed=activation)
+    for shift in (0, 400):  # few or no positive latents: the lowest latents fill up
+        got = encode(x, W, b - shift, k, activation, None)
+        assert_same(got, reference.topk_encode(x, W, b - shift, k, ACTIVATIONS[activation]))
+
+
+@pytest.mark.parametrize("d_in", [16, 64, 120, 256])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_random(dtype, d_in):
+    g = torch.Generator().manual_seed(3)
+    rows, d_sae = (1000, 8192) if ON_GPU else (9, 1024)
+    x, W, b = (torch.randn(*s, generator=g).to(dtype) for s in ((rows, d_in), (d_sae, d_in), (d_sae,)))
+    for bias in (b, None):
+        for activation, name in enumerate(ACTIVATIONS):
+            assert_is_topk(*encode(x, W, bias, 32, activation, None), x, W, bias, 32, name)
+
+
+@pytest.mark.parametrize("kind", ["ascending", "descending", "equal", "negative"])
+def test_adversarial_orders(kind):
+    """Rising scores fill every buffer again and again; equal ones pass every bound."""
+    d_sae, k = 1024, 20
+    scores = {
+        "ascending": torch.arange(d_sae), "descending": -torch.arange(d_sae) + d_sae, "equal": torch.ones(d_sae),
+        "negative": -torch.arange(d_sae) - 1,
+    }[kind]  # fmt: skip
+    W = torch.zeros(d_sae, 16)
+    W[:, 0], W[:, 1] = scores // 32 * 32, scores % 32  # exact in 16 bits
+    x = torch.zeros(3, 16)
+    x[:, :2] = torch.tensor([1.0, 2.0, 4.0])[:, None]
+    x, W = x.bfloat16(), W.bfloat16()
+    for activation, name in enumerate(ACTIVATIONS):
+        assert_same(encode(x, W, None, k, activation, None), reference.topk_encode(x, W, None, k, name))
+
+
+@pytest.mark.parametrize("activation", range(3))
+def test_nan_and_infinity(activation):
+    x, W, b = small_integers(4, 16, 576, torch.float16)
+    for fill in (torch.nan, torch.inf, -torch.inf):
+        bias = b.clone()
+        bias[::5] = fill
+        for k in (7, 120):
+            got = encode(x, W, bias, k, activation, None)
+            assert_same(got, reference.topk_encode(x, W, bias, k, ACTIVATIONS[activation]))
+    x[1, 3] = torch.nan
+    values, indices = encode(x, W, b, 6, activation, None)
+    assert values[1].isnan().all() and indices[1].tolist() == list(range(6))
+    assert_same((values[2:], indices[2:]), reference.topk_encode(x[2:], W, b, 6, ACTIVATIONS[activation]))
+
+
+@pytest.mark.parametrize("stages, sample", [(5, 0), (6, 1), (7, 2), (16, 4)])
+def test_any_number_of_stages_and_of_tiles_in_the_sample(monkeypatch, stages, sample):
+    layout = kernel.FusedLayout(1, stages, sample)
+    monkeypatch.setattr(kernel, "fused_layout", lambda *_: layout)
+    x, W, b = small_integers(20, 200, 512, torch.bfloat16)
+    assert_same(encode(x, W, b, 9, 0, None), reference.topk_encode(x, W, b, 9))
+
+
+@pytest.mark.parametrize("activation", range(3))
+@pytest.mark.parametrize("per_latent", [True, False])
+def test_thresholds(per_latent, activation):
+    x, W, b = small_integers(20, 40, 320, torch.bfloat16)
+    g = torch.Generator().manual_seed(5)
+    threshold = torch.randint(0, 60, (320 if per_latent else 1,), generator=g).float()
+    for max_active in (6, 100):
+        got = above(x, W, b, threshold, max_active, activation, None)
+        want = reference.threshold_encode(x, W, b, threshold, max_active, ACTIVATIONS[activation])
+        assert_same(got, want)
+        assert torch.equal(got[2], want[2]) and want[2].max() > 0
+
+
+def test_two_runs_agree_bit_for_bit():
+    g = torch.Generator().manual_seed(7)
+    x, W = (torch.randn(*s, generator=g).bfloat16() for s in ((200 if ON_GPU else 20, 64), (1024, 64)))
+    first, second = (encode(x, W, None, 16, 0, None) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_the_layout_fits_and_says_where_it_does_not():
+    for shared, groups, shapes in ((232448, 3, 3), (166912, 2, 3), (101376, 2, 2)):  # sm_90, sm_80, sm_86
+        for d_in, k in ((64, 32), (256, 32), (256, 128))[:shapes]:
+            layout = kernel.fused_layout(torch.bfloat16, d_in, 16384, k, shared, groups)
+            keys = 97 if k <= 64 else 161
+            assert 1 <= layout.groups <= groups and layout.stages > -(-d_in // 64)
+            assert 1024 + layout.stages * 8208 + layout.groups * 64 * keys * 8 <= shared
+            assert layout.sample == (16 if k <= 64 else 0)
+    refused = [(torch.float32, 64, 4096, 32), (torch.bfloat16, 60, 4096, 32), (torch.bfloat16, 264, 4096, 32),
+               (torch.bfloat16, 64, 4100, 32), (torch.bfloat16, 64, 4096, 129)]  # fmt: skip
+    assert not any(kernel.fused_layout(*shape, 232448, 3) for shape in refused)
+    assert kernel.fused_layout(torch.bfloat16, 256, 16384, 128, 101376, 2) is None
