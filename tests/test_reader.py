@@ -142,11 +142,11 @@ def in_memory(row):
 @pytest.mark.parametrize("told", [True, False])
 def test_spans_that_are_asked_for_come_into_memory(tmp_path, told):
     store = write(tmp_path / "acts", 4096, 4096, d=256)  # 4 MiB
-    shard = store.shard(0)["x"].view(torch.uint8)
-    with open(Path(store.url) / store.shards[0].name, "rb") as file:
-        file.read()  # so that nothing is on its way
+    path = Path(store.url) / store.shards[0].name
+    with open(path, "rb") as file:
         os.fsync(file.fileno())
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    shard = _shard_rows.mapped(path)
     if in_memory(shard[2048]):
         pytest.skip("this file system keeps files in memory")
     _shard_rows.ask([shard, shard], torch.tensor([[1024, 512], [3072, 256]]), told)
@@ -352,3 +352,18 @@ def test_wrong_inputs(store, tmp_path):
     (tmp_path / "broken" / broken.shards[2].name).unlink()
     with pytest.raises(FileNotFoundError):
         drawn(ShuffledReader(broken, 200, workers=1), 1)
+
+
+def test_a_damaged_shard_is_named(tmp_path):
+    store = write(tmp_path / "acts", 200, 50)
+    file = tmp_path / "acts" / store.shards[1].name
+    whole = file.read_bytes()
+    for bad, why in (
+        (b"", "Expecting value"),
+        (whole[:-1], "smaller than the required"),
+        (b"\xff" * 100, "cannot fit"),
+        (whole.replace(b'"x"', b'"y"', 1), "'x'"),
+    ):
+        file.write_bytes(bad)
+        with pytest.raises(ValueError, match=f"{file.name} is damaged: .*{why}"):
+            drawn(ShuffledReader(store, 200, workers=0), 1)

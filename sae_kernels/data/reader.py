@@ -20,7 +20,7 @@ from . import _shard_rows
 from .store import ActivationStore
 
 PIECE_BYTES, BUFFER_BYTES = 256 << 10, 128 << 20
-AHEAD_BYTES = 16 << 20  # on their way from the disk while others are copied
+AHEAD_BYTES = 32 << 20  # on their way from the disk while others are copied
 LINE = 64  # rows of whole cache lines are copied fastest where they begin on one
 OPEN_LOCAL = 4096
 Job = Callable[[], None]
@@ -200,7 +200,8 @@ class ShuffledReader:
     def _shard(self, number: int) -> Tensor:
         found = self._shards.pop(number, None)
         if found is None:
-            found = self.store.shard(number)["x"].view(torch.uint8)
+            path = Path(self.store.url) / self.store.shards[number].name
+            found = _shard_rows.mapped(path) if self._local else self.store.shard(number)["x"].view(torch.uint8)
         self._shards[number] = found
         while len(self._shards) > self._keep:
             self._shards.popitem(last=False)
