@@ -8,6 +8,7 @@ from test_activation_stats import FULL, D, codes, same
 
 import sae_kernels as sk
 from sae_kernels import _native
+from sae_kernels.ops import _stats_gpu
 from sae_kernels.ops.activation_stats import ActivationStats
 
 
@@ -126,3 +127,18 @@ def test_nothing_waits_for_the_device(monkeypatch):
         stats.update(values, indices, None, mask)
         stats.update(values, indices)
     assert stats.rows == 30
+
+
+def test_tables_stand_in_for_triton_where_no_backend_is_forced(monkeypatch):
+    tables, atomics = (_stats_gpu.KERNELS[name]["update"] for name in ("cuda", "triton"))
+    few, many = _stats_gpu.MOST_IN_TABLES, _stats_gpu.MOST_IN_TABLES + 1
+
+    def chosen(d_sae, **picked):
+        monkeypatch.setattr(_stats_gpu, "pick", lambda device, on_cuda="triton": picked[on_cuda])
+        found = _stats_gpu.kernels(torch.device(DEVICE), d_sae)
+        return found and found["update"]
+
+    assert chosen(few, triton="triton", cuda="cuda") is tables and chosen(many, triton="triton", cuda="cuda") is atomics
+    assert chosen(few, triton="triton", cuda="triton") is atomics  # forced, or CUDA is not built
+    assert chosen(many, triton="cuda", cuda="cuda") is tables
+    assert chosen(few, triton="cpu", cuda="cpu") is None

@@ -47,10 +47,10 @@ void stats_update(Tensor values, Tensor indices, Tensor counts, Tensor sums, Ten
     args.d_sae = counts.size(0);
     args.k = static_cast<int>(values.size(1));
     const Device device = device_of(values);
-    const int64_t most = device.shared_bytes / StatsTable<T>::kBytes / 32 * 32;
-    args.latents = static_cast<int>(std::min(most, args.d_sae));
-    const int64_t tables = ceil_div(args.d_sae, args.latents);
-    const int64_t bytes = int64_t(args.latents) * StatsTable<T>::kBytes;
+    const int64_t most = (device.shared_bytes - kQueueBytes) / StatsTable<T>::kBytes / kWarp * kWarp;
+    const int64_t tables = ceil_div(args.d_sae, most);
+    args.latents = static_cast<int>(ceil_div(ceil_div(args.d_sae, tables), kWarp) * kWarp);
+    const int64_t bytes = int64_t(args.latents) * StatsTable<T>::kBytes + kQueueBytes;
     // as many blocks as run at once: every one of them adds its whole table to the state
     const int64_t at_once = device.processors * std::clamp<int64_t>(device.shared_bytes / bytes, 1, 2);
     args.share = ceil_div(args.entries, std::max<int64_t>(1, at_once / tables));

@@ -3,8 +3,11 @@
 //
 // Counts, exact sums, maxima and last rows are gathered in a table in shared memory. A block holds the tables of some
 // neighbouring latents and goes over some rows: the grid is rows x latents, and every block reads the indices of its
-// rows, but the values of its own latents alone. Bound by about six atomics in shared memory per entry.
+// rows, but the values of its own latents alone, which a warp queues up so that none of its threads has nothing to add.
+// Bound by the three to five atomics in shared memory of an entry: what can rarely be a new maximum is looked up first.
 #pragma once
+
+#include <type_traits>
 
 #include "cuda/device.cuh"
 #include "cuda/dynamic_shared.cuh"
@@ -12,6 +15,9 @@
 namespace sae_kernels {
 
 constexpr int kStatsThreads = 256, kTallyThreads = 1024;
+constexpr int kQueue = 2 * kWarp;                   // entries that wait until they fill a warp, and those of one look
+constexpr int kQueueBytes = kTallyThreads / kWarp * kQueue * int(sizeof(unsigned));
+constexpr int kLimit = 1 << 22;                     // from here on a magnitude is rejected, as is NaN
 constexpr int kLimbs = 4;                           // of 32 bits: units of 2^-64, 2^-32, 1, 2^32
 constexpr int64_t kLargestShare = int64_t(1) << 20;  // entries of a block: their squares fit 128 bits
 
@@ -42,15 +48,14 @@ template <class T, class I> struct EntryArgs {
   int k, n, shift;
 };
 
-enum class Entry { kNothing, kFires, kRejected, kForeign };
+template <class A> __device__ __forceinline__ bool usable(A value) { return fabs(value) < A(kLimit); }  // not so NaN
 
-// What an entry does; `value` is set where it fires.
+// Whether an entry fires; `value` is set where its index is in range.
 template <class T, class I>
-__device__ __forceinline__ Entry entry_of(const T* values, const I* indices, int64_t at, int64_t d_sae, Acc<T>& value) {
-  if (indices[at] < 0 || indices[at] >= d_sae) return Entry::kForeign;
+__device__ __forceinline__ bool fires(const T* values, const I* indices, int64_t at, int64_t d_sae, Acc<T>& value) {
+  if (indices[at] < 0 || indices[at] >= d_sae) return false;
   value = to_acc(values[at]);
-  if (value == 0) return Entry::kNothing;
-  return fabs(value) < Acc<T>(4194304) ? Entry::kFires : Entry::kRejected;  // 2^22; NaN is rejected
+  return value != 0 && usable(value);
 }
 
 // Unsigned integers that rise with x, for x other than NaN; none of them is 0.
@@ -94,22 +99,35 @@ __device__ __forceinline__ void to_units(double size, uint64_t& low, uint64_t& h
   }
 }
 
-// limbs += size, or -=, modulo 2^128; every limb `stride` after the one before. Carries go up one by one: each atomic
-// knows whether it went round.
-__device__ __forceinline__ void add_units(unsigned* limbs, int stride, double size, bool negative) {
+// limb += part, or -=; whether it went round, so that the next one is to change by 1.
+__device__ __forceinline__ bool add_part(unsigned* limb, unsigned part, bool negative) {
+  const unsigned before = atomicAdd(limb, negative ? 0u - part : part);
+  return negative ? before < part : before + part < part;
+}
+
+// limbs += size, or -=, modulo 2^128; every limb `stride` after the one before.
+__device__ __forceinline__ void add_size(unsigned* limbs, int stride, double size, bool negative) {
   uint64_t low, high;
   to_units(size, low, high);
   const unsigned parts[kLimbs] = {unsigned(low), unsigned(low >> 32), unsigned(high), unsigned(high >> 32)};
+  bool carry = false;
 #pragma unroll
   for (int i = 0; i < kLimbs; ++i) {
-    if (parts[i] == 0) continue;
-    unsigned before = atomicAdd(limbs + i * stride, negative ? 0u - parts[i] : parts[i]);
-    bool round = negative ? before < parts[i] : before + parts[i] < parts[i];
-    for (int above = i + 1; round && above < kLimbs; ++above) {
-      before = atomicAdd(limbs + above * stride, negative ? ~0u : 1u);
-      round = before == (negative ? 0u : ~0u);
-    }
+    const unsigned part = parts[i] + carry;  // 0 passes the carry on
+    if (part != 0) carry = add_part(limbs + i * stride, part, negative);
   }
+}
+
+// The 24 bits of a float mostly are whole units: they reach two limbs at most, and nothing is to be rounded.
+__device__ __forceinline__ void add_size(unsigned* limbs, int stride, float size, bool negative) {
+  const unsigned bits = __float_as_uint(size), mantissa = (bits & 0x7fffff) | 0x800000;
+  const int shift = int(bits >> 23) - 150 + 64;
+  if (shift < 0) return add_size(limbs, stride, double(size), negative);
+  const uint64_t units = uint64_t(mantissa) << shift % 32;
+  unsigned* limb = limbs + shift / 32 * stride;
+  const unsigned upper = unsigned(units >> 32) + add_part(limb, unsigned(units), negative);
+  if (upper == 0 || !add_part(limb += stride, upper, negative)) return;
+  while ((limb += stride) < limbs + kLimbs * stride && add_part(limb, 1, negative)) {}
 }
 
 // The table of a block, an array of `latents` per field: latents of one warp then lie in different banks.
@@ -128,33 +146,33 @@ template <class T> struct StatsTable {
   }
 };
 
-// last: one more than the highest row in which it fired, counted from the block's first row.
-template <class T, class I>
-__device__ __forceinline__ void tally(const StatsArgs<T, I>& a, const StatsTable<T>& table, int64_t at,
-                                      int64_t first_row, int64_t first_latent) {
-  Acc<T> value = 0;
-  const Entry entry = entry_of(a.values, a.indices, at, a.d_sae, value);
-  if (entry == Entry::kForeign && first_latent == 0) add(a.foreign, 1);
-  if (entry == Entry::kForeign || entry == Entry::kNothing) return;
-  const int64_t slot = int64_t(a.indices[at]) - first_latent;
-  if (entry == Entry::kRejected) {
-    add(a.rejected + slot + first_latent, 1);
-    return;
-  }
+// A maximum that is seldom new: looking costs less than an atomic, and who sees an older one makes an atomic in vain.
+template <class N> __device__ __forceinline__ void raise_shared(N* at, N to) {
+  if (to > *const_cast<const volatile N*>(at)) atomicMax(at, to);
+}
+
+// An entry of the block's own latents; last: one more than the highest place at which one fired.
+template <class T>
+__device__ __forceinline__ void tally(const StatsTable<T>& table, T stored, int slot, unsigned place,
+                                      int64_t* rejected) {
+  using Square = std::conditional_t<sizeof(T) == 2, float, double>;  // in which the square is exact
+  const Acc<T> value = to_acc(stored);
+  if (value == 0) return;
+  if (!usable(value)) return add(rejected, 1);
   atomicAdd(table.counts + slot, 1u);
-  atomicMax(table.last + slot, unsigned(at - first_row * a.k) / unsigned(a.k) + 1);
-  atomicMax(table.maximum + slot, rank_of(value));
-  add_units(table.sums + slot, table.latents, fabs(value), value < 0);
-  add_units(table.squares + slot, table.latents, double(value) * value, false);
+  raise_shared(table.last + slot, place + 1);
+  raise_shared(table.maximum + slot, rank_of(value));
+  add_size(table.sums + slot, table.latents, Acc<T>(fabs(value)), value < 0);
+  add_size(table.squares + slot, table.latents, Square(value) * value, false);
 }
 
 template <class T, class I>
 __device__ __forceinline__ void fold(const StatsArgs<T, I>& a, const StatsTable<T>& table, int slot, int64_t latent,
-                                     int64_t first_row) {
+                                     int64_t begin) {
   if (table.counts[slot] == 0) return;
   add(a.counts + latent, table.counts[slot]);
   raise(a.maximum + latent, ranked(table.maximum[slot]));
-  const int64_t at = first_row + table.last[slot] - 1, number = a.numbers ? a.numbers[at] : a.row + at;
+  const int64_t row = (begin + table.last[slot] - 1) / a.k, number = a.numbers ? a.numbers[row] : a.row + row;
   atomicMax(reinterpret_cast<long long*>(a.last + latent), static_cast<long long>(number));
   int64_t* sums = a.sums + latent * 2 * kLimbs;
 #pragma unroll
@@ -166,34 +184,54 @@ __device__ __forceinline__ void fold(const StatsArgs<T, I>& a, const StatsTable<
   }
 }
 
-// Grid: shares of entries x tables of latents.
-template <class T, class I> __global__ void __launch_bounds__(kTallyThreads) add_entries(StatsArgs<T, I> a) {
-  constexpr int kAhead = 8;  // indices in flight
+// Grid: shares of entries x tables of latents. The last entries come first: few of the others are the last row then.
+template <class T, class I> __global__ void __launch_bounds__(kTallyThreads, 1) add_entries(StatsArgs<T, I> a) {
+  using Place = std::make_unsigned_t<I>;
   const StatsTable<T> table(dynamic_shared(), a.latents);
-  const int threads = blockDim.x;
-  const int64_t begin = blockIdx.x * a.share, end = min(begin + a.share, a.entries), first_row = begin / a.k;
-  const int64_t first_latent = int64_t(blockIdx.y) * a.latents;
+  const int threads = blockDim.x, lane = threadIdx.x % kWarp;
+  const bool alone = gridDim.y == 1;
+  const int64_t begin = blockIdx.x * a.share, first_latent = int64_t(blockIdx.y) * a.latents;
+  const int entries = int(min(a.share, a.entries - begin));
+  const auto latents = static_cast<Place>(min(int64_t(a.latents), a.d_sae - first_latent));
   unsigned* words = reinterpret_cast<unsigned*>(table.maximum);
-  for (int i = threadIdx.x; i < a.latents * StatsTable<T>::kBytes / 4; i += threads) words[i] = 0;
+  const int table_words = a.latents * StatsTable<T>::kBytes / 4;
+  for (int i = threadIdx.x; i < table_words; i += threads) words[i] = 0;
+  unsigned* queue = words + table_words + threadIdx.x / kWarp * kQueue;  // places, of a warp
   __syncthreads();
-  for (int64_t start = begin + threadIdx.x; start < end; start += int64_t(kAhead) * threads) {
-    I latent[kAhead];
-#pragma unroll
-    for (int u = 0; u < kAhead; ++u) {
-      const int64_t at = start + int64_t(u) * threads;
-      latent[u] = at < end ? a.indices[at] : I(-1);
+  const auto tally_at = [&](unsigned place) {
+    const int64_t latent = a.indices[begin + place];
+    tally(table, a.values[begin + place], int(latent - first_latent), place, a.rejected + latent);
+  };
+  int queued = 0;
+  int place = (entries - 1) / threads * threads + int(threadIdx.x);
+  I next = place < entries ? a.indices[begin + place] : I(0);
+  T next_value = place < entries ? a.values[begin + place] : T();
+  for (; place >= 0; place -= threads) {
+    const I latent = next;
+    const T value = next_value;
+    if (place >= threads) {
+      next = a.indices[begin + place - threads];
+      next_value = a.values[begin + place - threads];
     }
-#pragma unroll
-    for (int u = 0; u < kAhead; ++u) {
-      const int64_t at = start + int64_t(u) * threads;
-      const bool known = latent[u] >= 0 && latent[u] < a.d_sae;
-      const bool mine = known ? uint64_t(latent[u] - first_latent) < uint64_t(a.latents) : first_latent == 0;
-      if (at < end && mine) tally(a, table, at, first_row, first_latent);
+    const Place slot = Place(latent) - Place(first_latent);  // wraps round where the latent is below
+    const bool here = place < entries, mine = here && slot < latents;
+    if (here && !mine && first_latent == 0 && (latent < 0 || latent >= a.d_sae)) add(a.foreign, 1);
+    if (alone) {
+      if (mine) tally(table, value, int(slot), unsigned(place), a.rejected + latent);
+      continue;
     }
+    const unsigned votes = __ballot_sync(kAllLanes, mine);
+    if (mine) queue[queued + __popc(votes & ((1u << lane) - 1))] = unsigned(place);
+    queued += __popc(votes);
+    __syncwarp();
+    if (queued < kWarp) continue;
+    queued -= kWarp;
+    tally_at(queue[queued + lane]);
+    __syncwarp();
   }
+  if (lane < queued) tally_at(queue[lane]);
   __syncthreads();
-  for (int slot = threadIdx.x; slot < a.latents && first_latent + slot < a.d_sae; slot += threads)
-    fold(a, table, slot, first_latent + slot, first_row);
+  for (int slot = threadIdx.x; slot < int(latents); slot += threads) fold(a, table, slot, first_latent + slot, begin);
 }
 
 // Three limbs of each sum brought back to [0, 2^32); what is over goes to the next.
@@ -214,7 +252,7 @@ template <class T, class I> __global__ void __launch_bounds__(kStatsThreads) car
 template <class T, class I> __global__ void __launch_bounds__(kStatsThreads) count_bins(EntryArgs<T, I> a) {
   const int64_t at = int64_t(blockIdx.x) * kStatsThreads + threadIdx.x;
   Acc<T> value = 0;
-  if (at >= a.entries || entry_of(a.values, a.indices, at, a.d_sae, value) != Entry::kFires) return;
+  if (at >= a.entries || !fires(a.values, a.indices, at, a.d_sae, value)) return;
   const int64_t number = (__double_as_longlong(fabs(double(value))) >> a.shift) - a.first;
   add(a.table + int64_t(a.indices[at]) * a.columns + max(int64_t(0), min(number, a.columns - 1)), 1);
 }
@@ -224,7 +262,7 @@ template <class T, class I> __global__ void __launch_bounds__(kStatsThreads) cou
   const int64_t begin = int64_t(blockIdx.x) * a.k;
   const auto place = [&](int j) {
     Acc<T> value = 0;
-    if (entry_of(a.values, a.indices, begin + j, a.d_sae, value) != Entry::kFires) return int64_t(-1);
+    if (!fires(a.values, a.indices, begin + j, a.d_sae, value)) return int64_t(-1);
     return a.position ? a.position[a.indices[begin + j]] : int64_t(a.indices[begin + j]);
   };
   for (int64_t pair = threadIdx.x; pair < int64_t(a.k) * a.k; pair += kStatsThreads) {
@@ -238,9 +276,9 @@ template <class T, class I> __global__ void __launch_bounds__(kStatsThreads) mar
   const int64_t at = int64_t(blockIdx.x) * kStatsThreads + threadIdx.x;
   if (at >= a.entries) return;
   Acc<T> value = 0;
-  const bool fires = entry_of(a.values, a.indices, at, a.d_sae, value) == Entry::kFires;
-  const int64_t latent = fires ? int64_t(a.indices[at]) : 0;
-  const bool reaches = fires && value >= a.top_values[latent * a.n + a.n - 1];
+  const bool counts = fires(a.values, a.indices, at, a.d_sae, value);
+  const int64_t latent = counts ? int64_t(a.indices[at]) : 0;
+  const bool reaches = counts && value >= a.top_values[latent * a.n + a.n - 1];
   a.keys[at] = static_cast<int32_t>(reaches ? latent : a.d_sae);
 }
 

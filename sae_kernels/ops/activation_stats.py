@@ -103,10 +103,11 @@ class ActivationStats:
         self._check(values, indices, ids, mask)
         shape, k = values.shape[:-1], values.shape[-1]
         values, indices = values.reshape(shape.numel(), k), indices.reshape(shape.numel(), k)
-        backend = pick(values.device)
-        if backend in _stats_gpu.KERNELS:
-            self._run_on_gpu(_stats_gpu.KERNELS[backend], values, indices, ids, mask)
+        on_gpu = _stats_gpu.kernels(values.device, self.d_sae)
+        if on_gpu is not None:
+            self._run_on_gpu(on_gpu, values, indices, ids, mask)
             return
+        backend = pick(values.device)
         if mask is not None:
             keep = mask.reshape(-1)
             values, indices = values[keep], indices[keep]

@@ -192,7 +192,7 @@ cudaError_t cudaLaunchKernel(void (*kernel)(A), dim3 grid, dim3 threads, void** 
 enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount, cudaDevAttrMaxSharedMemoryPerBlockOptin };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  *value = attribute == cudaDevAttrMultiProcessorCount ? 4 : 48 * 32;
+  *value = attribute == cudaDevAttrMultiProcessorCount ? 4 : 8192 + 48 * 32;
   return cudaSuccess;
 }
 template <class F> cudaError_t cudaFuncSetAttribute(F*, cudaFuncAttribute, int) { return cudaSuccess; }
