@@ -20,10 +20,6 @@ struct Barrier {
   __device__ __forceinline__ void arrive() {
     asm volatile("{ .reg .b64 token; mbarrier.arrive.shared.b64 token, [%0]; }" ::"r"(shared_address(&state)) : "memory");
   }
-  // Arrives once this thread's copies are there.
-  __device__ __forceinline__ void arrive_after_copies() {
-    asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(shared_address(&state)) : "memory");
-  }
   // Until the phase of this parity has ended; the first phase has parity 0.
   __device__ __forceinline__ void wait(int parity) {
     const uint32_t at = shared_address(&state);
@@ -44,6 +40,16 @@ struct Barrier {
 __device__ __forceinline__ void copy_16(void* to, const void* from, bool inside) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from),
                "r"(inside ? 16 : 0) : "memory");
+}
+
+// Copies are counted in groups: those of a thread since its last call.
+__device__ __forceinline__ void end_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+// All but the last N groups of this thread are there, also for tensor cores that read shared memory by themselves.
+template <int N> __device__ __forceinline__ void await_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
+#if __CUDA_ARCH__ >= 900
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
 }
 
 }  // namespace sae_kernels

@@ -94,7 +94,7 @@ __device__ __forceinline__ void begin_product(float (&acc)[kAccs]) {
 template <class T, int KC> __device__ __forceinline__ void multiply(float (&acc)[kAccs], const RowTile<T, KC>& rows,
                                                                     const unsigned char* tile, int chunk) {
 #if SK_WGMMA
-  asm volatile("fence.proxy.async.shared::cta;\nwgmma.fence.sync.aligned;" ::: "memory");  // copies write by another proxy
+  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
   // start / 16; stride of 8 latents 1024 / 16; 128-byte swizzle
   const uint64_t b = (shared_address(tile) >> 4) | uint64_t(1) << 16 | uint64_t(64) << 32 | uint64_t(1) << 62;
 #pragma unroll

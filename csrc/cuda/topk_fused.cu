@@ -41,15 +41,16 @@ void topk_encode_fused(Tensor x, Tensor W, std::optional<Tensor> bias, std::opti
   args.indices = mutable_data<int32_t>(indices);
   args.rows = x.size(0);
   args.d_in = static_cast<int>(x.size(1));
-  args.d_sae = static_cast<int>(W.size(0));
+  args.tiles = static_cast<int>(W.size(0) / kTileLatents);
   args.k = static_cast<int>(values.size(1));
   args.activation = static_cast<int>(activation);
   args.stages = static_cast<int>(stages);
   args.sample = static_cast<int>(sample);
+  args.stride = sample > 0 ? args.tiles / args.sample : 1;
   args.dtype = out_of(values);
-  STD_TORCH_CHECK(args.d_in % 8 == 0 && args.d_in <= 4 * kTileDepth && args.d_sae % kTileLatents == 0 &&
+  STD_TORCH_CHECK(args.d_in % 8 == 0 && args.d_in <= 4 * kTileDepth && W.size(0) % kTileLatents == 0 &&
                       args.k <= kLargestFused<kManyKeys> && aligned(16, args.x) && aligned(16, args.W) &&
-                      aligned(8, args.bias),
+                      aligned(16, args.bias),
                   "sae_kernels: these tensors do not fit the fused encoder");
   if (x.scalar_type() == ScalarType::BFloat16) launch_for_depth<bf16>(args, groups, x);
   else launch_for_depth<fp16>(args, groups, x);

@@ -6,11 +6,9 @@
 // result. Reads the slab twice, from L2 where it fits there; chunks of latents after the first are read once.
 #pragma once
 
-#include "cuda/device.cuh"
+#include "cuda/topk_keys.cuh"
 
 namespace sae_kernels {
-
-enum Activation : int { kRelu = 0, kNone = 1, kAbs = 2 };
 
 struct SelectArgs {
   const float* slab;    // [rows, columns], `stride` elements from row to row: latents first, first + 1, ...
@@ -20,7 +18,7 @@ struct SelectArgs {
   // such latents fill up, the lowest first.
   const float* threshold;  // of all latents, or with threshold_step 0 one for all
   int32_t* passed;         // [rows] adds up how many are above their threshold
-  uint64_t* keys;       // [rows, k] the best so far, descending; read where `filled`, written unless `last`
+  uint64_t* keys;       // [rows, k] the best so far; read where `filled`, written unless `last`
   void* values;         // [rows, k]
   int32_t* indices;     // [rows, k]
   int32_t* trims;       // counts the rows whose buffer was sorted early
@@ -28,44 +26,6 @@ struct SelectArgs {
   int columns, first, k, filled, last, threshold_step;
   Out dtype;
 };
-
-// Orders rise with the score. 0: no latent at all; 1: a latent that does not compete; what follows: -inf to inf; last:
-// NaN.
-constexpr uint32_t kMasked = 1, kNanOrder = 0xffffffffu, kSign = 0x80000000u;
-
-template <int Act> __device__ __forceinline__ uint32_t order_of(float pre) {
-  if (pre != pre) return kNanOrder;
-  if (Act == kRelu) return __float_as_uint(pre > 0 ? pre : 0.0f) | kSign;
-  if (Act == kAbs) return __float_as_uint(fabsf(pre)) | kSign;
-  const uint32_t bits = __float_as_uint(pre + 0.0f);  // -0 becomes 0
-  return bits & kSign ? ~bits : bits | kSign;
-}
-// Of the lowest score.
-template <int Act> constexpr uint32_t kFloor = Act == kNone ? ~0xff800000u : kSign;
-__device__ __forceinline__ uint64_t key_of(uint32_t order, int latent, bool negative) {
-  return uint64_t(order) << 32 | (0x7fffffffu - uint32_t(latent)) << 1 | uint32_t(negative);
-}
-__device__ __forceinline__ uint32_t order_in(uint64_t key) { return uint32_t(key >> 32); }
-__device__ __forceinline__ int latent_in(uint64_t key) { return int(0x7fffffffu - (uint32_t(key) >> 1)); }
-__device__ __forceinline__ float value_in(uint64_t key, bool is_abs) {
-  const uint32_t order = order_in(key);
-  if (order <= kMasked) return 0.0f;
-  if (order == kNanOrder) return nan_value();
-  const float score = __uint_as_float(order & kSign ? order ^ kSign : ~order);
-  return is_abs && (key & 1) ? -score : score;
-}
-
-template <class T> __device__ __forceinline__ void put(void* out, int64_t at, float value) {
-  from_acc(value, static_cast<T*>(out)[at]);
-}
-__device__ __forceinline__ void write_code(void* values, int32_t* indices, Out dtype, int64_t at, uint64_t key,
-                                           bool is_abs) {
-  const float value = value_in(key, is_abs);
-  if (dtype == Out::kFloat) put<float>(values, at, value);
-  else if (dtype == Out::kBFloat16) put<bf16>(values, at, value);
-  else put<fp16>(values, at, value);
-  indices[at] = latent_in(key);
-}
 
 // V pre-activations from `column` on; order 0 beyond the last column, where the first is read instead: no branch keeps
 // several of these loads from being in flight at once. Where V > 1 it divides the columns.
@@ -187,22 +147,103 @@ __device__ uint32_t group_bound(const SelectArgs& a, const float* row, int lane,
   return bound > 0 ? bound - 1 : 0;
 }
 
-// Appends what passes the bound; which thread gets which place does not matter, keys are distinct and sorted later.
-template <int V>
-__device__ __forceinline__ void append(uint64_t* buffer, int* count, const uint32_t (&order)[V], const float (&pre)[V],
-                                       uint32_t bound, int latent) {
-  const int lane = threadIdx.x % kWarp;
-  unsigned votes[V];
-  int total = 0;
+// The keys that a row has kept, in shared memory. Which thread gets which place does not matter: keys are distinct, and
+// sorted in the end. Of a warp, `count` is the same in all lanes; a block counts in shared memory.
+template <class P> struct Buffer {
+  static constexpr bool kOfWarp = P::kTeam == kWarp;
+  uint64_t* keys;
+  int* shared_count;
+  int count = 0;
+  bool trimmed = false;
+
+  // The k best so far, in any order; returns the lowest order among them.
+  __device__ __forceinline__ uint32_t refill(const uint64_t* from, int k, int lane) {
+    uint32_t lowest = 0xffffffffu;
+    for (int j = lane; j < k; j += P::kTeam) {
+      keys[j] = from[j];
+      lowest = min(lowest, order_in(keys[j]));
+    }
+    set_count(k, lane);
+    if (kOfWarp) return ~__reduce_max_sync(kAllLanes, ~lowest);
+    return order_in(from[k - 1]);  // a block's are in order
+  }
+  __device__ __forceinline__ void set_count(int n, int lane) {
+    count = n;
+    if (kOfWarp) return;
+    if (lane == 0) *shared_count = n;
+    __syncthreads();
+  }
+
+  // What passes the bound.
+  template <int V>
+  __device__ __forceinline__ void append(const uint32_t (&order)[V], const float (&pre)[V], uint32_t bound, int latent) {
+    const int lane = threadIdx.x % kWarp;
+    unsigned votes[V];
+    int total = 0;
 #pragma unroll
-  for (int i = 0; i < V; ++i) total += __popc(votes[i] = __ballot_sync(kAllLanes, order[i] > bound));
-  int place = lane == 0 && total > 0 ? atomicAdd(count, total) : 0;
-  place = __shfl_sync(kAllLanes, place, 0);
+    for (int i = 0; i < V; ++i) total += __popc(votes[i] = __ballot_sync(kAllLanes, order[i] > bound));
+    int place = count;
+    if constexpr (!kOfWarp) {
+      place = lane == 0 && total > 0 ? atomicAdd(shared_count, total) : 0;
+      place = __shfl_sync(kAllLanes, place, 0);
+    }
 #pragma unroll
-  for (int i = 0; i < V; ++i) {
-    const int ahead = __popc(votes[i] & ((1u << lane) - 1));
-    if (order[i] > bound) buffer[place + ahead] = key_of(order[i], latent + i, pre[i] < 0);
-    place += __popc(votes[i]);
+    for (int i = 0; i < V; ++i) {
+      const int ahead = __popc(votes[i] & ((1u << lane) - 1));
+      if (order[i] > bound) keys[place + ahead] = key_of(order[i], latent + i, pre[i] < 0);
+      place += __popc(votes[i]);
+    }
+    count = place;
+    if constexpr (!kOfWarp) {
+      __syncthreads();
+      count = *shared_count;
+      __syncthreads();
+    }
+  }
+
+  // Makes room: the k best stay, or a few more; returns an order that all of them reach.
+  __device__ __forceinline__ uint32_t trim(int k, int most, int lane) {
+    uint32_t bound;
+    if constexpr (kOfWarp) {
+      count = cut<P::kCapacity / kWarp>(keys, count, k, most, [](uint64_t key) { return key; }, bound);
+    } else {
+      sort_descending<P>(keys, count, k, lane);
+      bound = order_in(keys[k - 1]);
+      set_count(k, lane);
+    }
+    return bound;
+  }
+};
+
+// Adds what a row's columns bring; `passed` counts what is above the floor.
+template <class P, int V, int Act, bool Limited>
+__device__ __forceinline__ void add_columns(const SelectArgs& a, const float* row, uint32_t bound, int lane,
+                                            Buffer<P>& best, int& passed) {
+  constexpr int kReads = kFlight<V, Limited>;
+  for (int start = 0; start < a.columns; start += P::kTeam * V * kReads) {
+    float pre[kReads][V];
+    uint32_t order[kReads][V];
+    bool passes[kReads] = {}, any = false;
+#pragma unroll
+    for (int r = 0; r < kReads; ++r) {
+      read_orders<V, Act, Limited>(a, row, start + (r * P::kTeam + lane) * V, pre[r], order[r]);
+      if constexpr (Limited) passed += above_floor<V, Act>(order[r]);
+    }
+#pragma unroll
+    for (int r = 0; r < kReads; ++r) {
+#pragma unroll
+      for (int i = 0; i < V; ++i) passes[r] |= order[r][i] > bound;
+      any |= passes[r];
+    }
+    if (!team_any<P>(any)) continue;
+#pragma unroll
+    for (int r = 0; r < kReads; ++r) {
+      if (kReads > 1 && !team_any<P>(passes[r])) continue;
+      best.template append<V>(order[r], pre[r], bound, a.first + start + (r * P::kTeam + lane) * V);
+      if (best.count + P::kTeam * V <= P::kCapacity) continue;
+      bound = max(bound, best.trim(a.k, min(a.k + kSlack, P::kCapacity - P::kTeam * V), lane));
+      best.trimmed = true;
+    }
   }
 }
 
@@ -214,60 +255,32 @@ template <class P, int V, int Act, bool Limited> __device__ void select_best(con
   const int64_t number = int64_t(blockIdx.x) * P::kRows + slot;
   if (number >= a.rows) return;  // a whole warp, and no barrier of the block follows where it has several rows
   const float* row = a.slab + number * a.stride;
-  uint64_t* buffer = buffers + slot * P::kCapacity;
-  int* count = counts + slot;
-  uint32_t bound = 0;
+  Buffer<P> best{buffers + slot * P::kCapacity, counts + slot};
+  uint32_t bound;
   if (a.filled) {
-    for (int j = lane; j < a.k; j += P::kTeam) buffer[j] = a.keys[number * a.k + j];
-    bound = order_in(a.keys[number * a.k + a.k - 1]);
+    bound = best.refill(a.keys + number * a.k, a.k, lane);
   } else {
     bound = group_bound<P, V, Act, Limited>(a, row, lane, partial);
+    best.set_count(0, lane);
   }
-  if (lane == 0) *count = a.filled ? a.k : 0;
-  team_sync<P>();
-  bool trimmed = false;
   int passed = 0;
-  constexpr int kReads = kFlight<V, Limited>;
-  for (int start = 0; start < a.columns; start += P::kTeam * V * kReads) {
-    float pre[kReads][V];
-    uint32_t order[kReads][V];
-    bool passes = false;
-#pragma unroll
-    for (int r = 0; r < kReads; ++r) {
-      read_orders<V, Act, Limited>(a, row, start + (r * P::kTeam + lane) * V, pre[r], order[r]);
-      if constexpr (Limited) passed += above_floor<V, Act>(order[r]);
-    }
-#pragma unroll
-    for (int r = 0; r < kReads; ++r)
-#pragma unroll
-      for (int i = 0; i < V; ++i) passes |= order[r][i] > bound;
-    if (!team_any<P>(passes)) continue;
-#pragma unroll
-    for (int r = 0; r < kReads; ++r) {
-      append<V>(buffer, count, order[r], pre[r], bound, a.first + start + (r * P::kTeam + lane) * V);
-      team_sync<P>();
-      const int filled = *count;
-      team_sync<P>();
-      if (filled + P::kTeam * V <= P::kCapacity) continue;
-      sort_descending<P>(buffer, filled, a.k, lane);
-      bound = max(bound, order_in(buffer[a.k - 1]));
-      if (lane == 0) *count = a.k;
-      team_sync<P>();
-      trimmed = true;
-    }
-  }
-  const bool changed = !a.filled || *count > a.k || trimmed;
-  if (changed) sort_descending<P>(buffer, *count, a.k, lane);
+  add_columns<P, V, Act, Limited>(a, row, bound, lane, best, passed);
   if constexpr (Limited) {
     passed = team_count<P>(passed, partial);
     if (lane == 0) a.passed[number] += passed;
   }
-  for (int j = lane; j < a.k && (changed || a.last); j += P::kTeam) {
+  const bool changed = !a.filled || best.count > a.k || best.trimmed;
+  if (best.trimmed && lane == 0) atomicAdd(a.trims, 1);
+  if (!changed && !a.last) return;
+  if (P::kTeam == kWarp && best.count > a.k) best.trim(a.k, a.k, lane);
+  if (P::kTeam != kWarp || a.last) sort_descending<P>(best.keys, best.count, a.k, lane);
+  else team_sync<P>();
+  for (int j = lane; j < a.k; j += P::kTeam) {
     const int64_t at = number * a.k + j;
-    if (a.last) write_code(a.values, a.indices, a.dtype, at, buffer[j], Act == kAbs);
-    else a.keys[at] = buffer[j];
+    const uint64_t key = j < best.count ? best.keys[j] : 0;
+    if (a.last) write_code(a.values, a.indices, a.dtype, at, key, Act == kAbs);
+    else a.keys[at] = key;
   }
-  if (trimmed && lane == 0) atomicAdd(a.trims, 1);
 }
 
 template <class P, int V, int Act> __global__ void __launch_bounds__(P::kThreads) select_rows(SelectArgs a) {

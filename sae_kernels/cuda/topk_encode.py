@@ -82,7 +82,8 @@ class FusedLayout(NamedTuple):
     sample: int
 
 
-_TILE_BYTES, _LARGEST_DEPTH, _MOST_STAGES = 64 * 64 * 2, 256, 16
+_STAGE_BYTES = 64 * 64 * 2 + 64 * 4 + 16  # weights, biases, barriers
+_LARGEST_DEPTH, _IN_FLIGHT, _MOST_STAGES = 256, 3, 16
 _BUFFERS = {64: 3 * 32 + 1, 128: 5 * 32 + 1}  # the largest k -> keys in a row's buffer: kLargestFused, kRowKeys
 
 
@@ -93,13 +94,21 @@ def fused_layout(
     if dtype not in (torch.bfloat16, torch.float16) or d_in % 8 or d_sae % 64 or d_in > _LARGEST_DEPTH or k > 128:
         return None
     keys = next(size for most, size in _BUFFERS.items() if k <= most)
-    least_stages = 1 << (-(-d_in // 64) - 1).bit_length()  # a tile's chunks; none is free before all are multiplied
+    chunks = 1 << (-(-d_in // 64) - 1).bit_length()
     for groups in range(most_groups, 0, -1):
-        stages = (shared_bytes - 1024 - groups * 64 * keys * 8) // (_TILE_BYTES + 16)
-        if stages > least_stages:
-            tiles = d_sae // 64
-            return FusedLayout(groups, min(stages, _MOST_STAGES), min(16, tiles // 8) if k <= 64 else 0)
+        stages = (shared_bytes - 1024 - groups * 64 * keys * 8) // _STAGE_BYTES
+        if stages >= chunks + _IN_FLIGHT:
+            return FusedLayout(groups, min(stages, _MOST_STAGES), _sample(d_sae // 64, chunks, k))
     return None
+
+
+def _sample(tiles: int, chunks: int, k: int) -> int:
+    """64 maxima over a share of the latents bound 1.4 k / share of them, for k up to 32: the share follows from what a
+    second product costs beside fuller buffers. For a larger k they bound little.
+    """
+    if k > 64:
+        return 0
+    return -(-tiles // chunks) if k <= 32 else min(16, tiles // 8)
 
 
 @cache

@@ -22,7 +22,6 @@ struct Barrier {
     } while (!cell().compare_exchange_weak(before, after, std::memory_order_acq_rel));
     if (uint32_t(before) != uint32_t(after)) cell().notify_all();
   }
-  void arrive_after_copies() { arrive(); }
   void wait(int parity) {
     for (uint64_t now = cell().load(std::memory_order_acquire); int(now & 1) == parity;
          now = cell().load(std::memory_order_acquire))
@@ -37,5 +36,8 @@ inline void copy_16(void* to, const void* from, bool inside) {
   if (inside) std::memcpy(to, from, 16);
   else std::memset(to, 0, 16);
 }
+
+inline void end_copies() {}
+template <int N> void await_copies() {}
 
 }  // namespace sae_kernels
