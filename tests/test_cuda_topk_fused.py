@@ -122,7 +122,7 @@ def test_the_layout_fits_and_says_where_it_does_not():
             keys = 97 if k <= 64 else 161
             assert 1 <= layout.groups <= groups and layout.stages >= d_in // 64 + 3
             assert 1024 + layout.stages * 8464 + layout.groups * 64 * keys * 8 <= shared
-            assert layout.sample == ({64: 256, 256: 64}[d_in] if k <= 32 else 0)
+            assert layout.sample == ({64: 256, 256: 16}[d_in] if k <= 32 else 0)
     refused = [(torch.float32, 64, 4096, 32), (torch.bfloat16, 60, 4096, 32), (torch.bfloat16, 264, 4096, 32),
                (torch.bfloat16, 64, 4100, 32), (torch.bfloat16, 64, 4096, 129)]  # fmt: skip
     assert not any(kernel.fused_layout(*shape, 232448, 3) for shape in refused)

@@ -31,7 +31,7 @@ struct FusedArgs {
 };
 
 constexpr int kGroupWarps = 4, kWarpRows = 16, kGroupRows = kGroupWarps * kWarpRows, kMostGroups = SK_WGMMA ? 3 : 2;
-constexpr int kHalf = kAccs / 2, kHalfLatents = kTileLatents / 2;
+constexpr int kHalfBits = kAccs / 4, kHalfLatents = kTileLatents / 2;  // of half a tile: a lane's in a row, a row's
 constexpr int kBiasBytes = kTileLatents * sizeof(float);
 constexpr int kInFlight = 3;  // chunks of weights on their way; a tile's chunks beside them must fit the stages
 constexpr int fused_threads(int groups) { return (groups + 1) * kGroupWarps * kWarp; }
@@ -181,39 +181,49 @@ __device__ void cut_full_rows(const FusedArgs& a, unsigned (&full)[2], uint64_t*
     }
 }
 
-// Bit 8 r + 2 j + e of a half tile's mask stands for latent 8 j + e of row r's pre-activations, at place_of(bit).
-__host__ __device__ constexpr int place_of(int bit) { return bit % 8 / 2 * 4 + bit / 8 * 2 + bit % 2; }
-// pre[place_of(bit)] for bit in First to First + Width - 1. A tree of masks: an index, a choice or a loop would send the
-// registers through local memory.
-template <int First, int Width> __device__ __forceinline__ uint32_t chosen(const float* pre, int bit) {
+// Bit 2 j + e of a row's mask stands for latent 8 j + e of the tile; in acc it is at place_of(row, bit).
+__host__ __device__ constexpr int place_of(int row, int bit) { return bit / 2 * 4 + row * 2 + bit % 2; }
+// acc[place_of(Row, bit)] for bit in First to First + Width - 1. A tree of masks: an index, a choice or a loop would
+// send the registers through local memory.
+template <int Row, int First, int Width>
+__device__ __forceinline__ uint32_t chosen(const float (&acc)[kAccs], int bit) {
   if constexpr (Width == 1) {
-    return __float_as_uint(pre[place_of(First)]);
+    return __float_as_uint(acc[place_of(Row, First)]);
   } else {
     const uint32_t upper = bit & (Width / 2) ? 0xffffffffu : 0;
-    return (chosen<First, Width / 2>(pre, bit) & ~upper) | (chosen<First + Width / 2, Width / 2>(pre, bit) & upper);
+    return (chosen<Row, First, Width / 2>(acc, bit) & ~upper) |
+           (chosen<Row, First + Width / 2, Width / 2>(acc, bit) & upper);
   }
 }
 
-// Half a tile: what reaches the bounds joins the buffers. pre [16] of both rows, from `latent` of this lane on.
-template <int Keys, bool General> __device__ __forceinline__ void keep_best(
-    const FusedArgs& a, const float* pre, const float* limit, int latent, uint64_t* buffers, RowState& rows) {
-  const int lane = threadIdx.x % kWarp;
+// Of a lane's bits First to First + Bits - 1 in both rows, those whose scores reach the bounds and pass the limits.
+template <bool General, int First, int Bits> __device__ __forceinline__ void mark_reaching(
+    const FusedArgs& a, const float (&acc)[kAccs], const float* limit, const RowState& rows, unsigned (&mask)[2]) {
   const bool is_abs = General && a.activation == kAbs, limited = General && a.threshold;
-  unsigned mask;
-  int ahead, total;
-  for (;;) {
-    mask = 0;
 #pragma unroll
-    for (int bit = 0; bit < kHalf; ++bit) {
-      const int i = place_of(bit);
-      const float score = is_abs ? fabsf(pre[i]) : pre[i];
-      bool passes = !(score < rows.bound[bit / 8]);
-      if (limited) passes &= !(score <= limit[i / 4 * 2 + i % 2]);
-      mask |= passes ? 1u << bit : 0;
+  for (int row = 0; row < 2; ++row) {
+    unsigned part[2] = {};  // two chains are shorter than one
+#pragma unroll
+    for (int bit = First; bit < First + Bits; ++bit) {
+      const float pre = acc[place_of(row, bit)], score = is_abs ? fabsf(pre) : pre;
+      bool passes = !(score < rows.bound[row]);
+      if (limited) passes &= !(score <= limit[bit - First]);
+      part[bit % 2] |= passes ? 1u << bit : 0;
     }
-    if (!__any_sync(kAllLanes, mask)) return;
-    // of the lower row, and of the upper one 16 bits higher
-    const int mine = __popc(mask & 0xff) | __popc(mask >> 8) << 16;
+    mask[row] = part[0] | part[1];
+  }
+}
+
+// What reaches the bounds joins the buffers, of a whole tile at once or, where that might not fit, of a half.
+template <int Keys, bool General, int First, int Bits> __device__ __forceinline__ void keep_best(
+    const FusedArgs& a, const float (&acc)[kAccs], const float* limit, int latent, uint64_t* buffers, RowState& rows) {
+  const int lane = threadIdx.x % kWarp;
+  unsigned mask[2];
+  int ahead, total;  // of the lower row, and of the upper one 16 bits higher
+  for (;;) {
+    mark_reaching<General, First, Bits>(a, acc, limit, rows, mask);
+    if (!__any_sync(kAllLanes, mask[0] | mask[1])) return;
+    const int mine = __popc(mask[0]) | __popc(mask[1]) << 16;
     ahead = mine;
 #pragma unroll
     for (int step = 1; step < 4; step *= 2) {
@@ -222,22 +232,31 @@ template <int Keys, bool General> __device__ __forceinline__ void keep_best(
     }
     total = __shfl_sync(kAllLanes, ahead, lane | 3);
     ahead -= mine;
-    unsigned full[2];
-    full[0] = __ballot_sync(kAllLanes, rows.count[0] + (total & 0xffff) > Keys * kWarp);
-    full[1] = __ballot_sync(kAllLanes, rows.count[1] + (total >> 16) > Keys * kWarp);
-    if (!(full[0] | full[1])) break;
-    cut_full_rows<Keys>(a, full, buffers, rows);
+    const bool fits[2] = {rows.count[0] + (total & 0xffff) <= Keys * kWarp, rows.count[1] + (total >> 16) <= Keys * kWarp};
+    if (!__any_sync(kAllLanes, !(fits[0] && fits[1]))) break;
+    if constexpr (Bits > kHalfBits) {
+      keep_best<Keys, General, 0, kHalfBits>(a, acc, limit, latent, buffers, rows);
+      keep_best<Keys, General, kHalfBits, kHalfBits>(a, acc, limit, latent, buffers, rows);
+      return;
+    } else {
+      unsigned full[2] = {__ballot_sync(kAllLanes, !fits[0]), __ballot_sync(kAllLanes, !fits[1])};
+      cut_full_rows<Keys>(a, full, buffers, rows);
+    }
   }
   int place[2];
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    place[half] = (lane / 4 + 8 * half) * kRowKeys<Keys> + rows.count[half] + (ahead >> 16 * half & 0xffff);
-    rows.count[half] += total >> 16 * half & 0xffff;
+  for (int row = 0; row < 2; ++row) {
+    place[row] = (lane / 4 + 8 * row) * kRowKeys<Keys> + rows.count[row] + (ahead >> 16 * row & 0xffff);
+    rows.count[row] += total >> 16 * row & 0xffff;
   }
-  for (; mask; mask &= mask - 1) {
-    const int bit = __ffs(mask) - 1;
-    const int at = bit < 8 ? place[0]++ : place[1]++;
-    buffers[at] = entry_of(__uint_as_float(chosen<0, kHalf>(pre, bit)), latent + bit % 8 / 2 * 8 + bit % 2);
+  while (mask[0] | mask[1]) {
+    const int bit[2] = {__ffs(mask[0]) - 1, __ffs(mask[1]) - 1};
+    const uint32_t pre[2] = {chosen<0, First, Bits>(acc, bit[0]), chosen<1, First, Bits>(acc, bit[1])};
+#pragma unroll
+    for (int row = 0; row < 2; ++row) {
+      if (mask[row]) buffers[place[row]++] = entry_of(__uint_as_float(pre[row]), latent + bit[row] / 2 * 8 + bit[row] % 2);
+      mask[row] &= mask[row] - 1;
+    }
   }
 }
 
@@ -312,19 +331,23 @@ __device__ __forceinline__ int next_tile(const FusedArgs& a, const FusedShared& 
   return latent;
 }
 
-// Half a tile with thresholds: counts what is above them, and keeps the best of that.
-template <int Keys> __device__ __forceinline__ void keep_passing(const FusedArgs& a, const float* pre, int latent,
-                                                                 uint64_t* buffers, RowState& rows) {
-  float limit[kHalf / 2];
+// Half a tile with thresholds or magnitudes: counts what is above its threshold, and keeps the best of that.
+template <int Keys, int First> __device__ __forceinline__ void keep_passing(
+    const FusedArgs& a, const float (&acc)[kAccs], int latent, uint64_t* buffers, RowState& rows) {
+  float limit[kHalfBits];
 #pragma unroll
-  for (int j = 0; j < kHalf / 2; ++j)
-    limit[j] = a.threshold ? a.threshold[int64_t(latent + j / 2 * 8 + j % 2) * a.threshold_step] : 0.0f;
+  for (int i = 0; i < kHalfBits; ++i) {
+    const int bit = First + i;
+    limit[i] = a.threshold ? a.threshold[int64_t(latent + bit / 2 * 8 + bit % 2) * a.threshold_step] : 0.0f;
+  }
   if (a.threshold) {
 #pragma unroll
-    for (int i = 0; i < kHalf; ++i)
-      rows.passed[i / 2 % 2] += !((a.activation == kAbs ? fabsf(pre[i]) : pre[i]) <= limit[i / 4 * 2 + i % 2]);
+    for (int i = 0; i < 2 * kHalfBits; ++i) {
+      const float pre = acc[place_of(i / kHalfBits, First + i % kHalfBits)];
+      rows.passed[i / kHalfBits] += !((a.activation == kAbs ? fabsf(pre) : pre) <= limit[i % kHalfBits]);
+    }
   }
-  keep_best<Keys, true>(a, pre, limit, latent, buffers, rows);
+  keep_best<Keys, true, First, kHalfBits>(a, acc, limit, latent, buffers, rows);
 }
 
 // One warp over all latents.
@@ -356,10 +379,12 @@ template <class T, int KC, int Keys, bool General> __device__ void select_rows_o
   }
   for (const int steps = Stream::steps(a); stream.step < steps;) {
     const int latent = next_tile(a, shared, x, stream, acc);
-#pragma unroll
-    for (int half = 0; half < 2; ++half)
-      if (General) keep_passing<Keys>(a, acc + half * kHalf, latent + half * kHalfLatents, buffers, rows);
-      else keep_best<Keys, false>(a, acc + half * kHalf, nullptr, latent + half * kHalfLatents, buffers, rows);
+    if constexpr (General) {
+      keep_passing<Keys, 0>(a, acc, latent, buffers, rows);
+      keep_passing<Keys, kHalfBits>(a, acc, latent, buffers, rows);
+    } else {
+      keep_best<Keys, false, 0, 2 * kHalfBits>(a, acc, nullptr, latent, buffers, rows);
+    }
   }
 #pragma unroll
   for (int half = 0; half < 2; ++half) {

@@ -27,17 +27,17 @@ struct SelectArgs {
   Out dtype;
 };
 
-// V pre-activations from `column` on; order 0 beyond the last column, where the first is read instead: no branch keeps
-// several of these loads from being in flight at once. Where V > 1 it divides the columns.
+// V pre-activations from `column` on, of the first ones beyond the last column: no branch keeps several of these loads
+// from being in flight at once. Where V > 1 it divides the columns.
+template <int V> __device__ __forceinline__ Pack<float, V> read_slab(const SelectArgs& a, const float* row, int column) {
+  return load_pack<V>(row + (column < a.columns ? column : 0));
+}
+// Their orders, 0 beyond the last column; pre becomes complete.
 template <int V, int Act, bool Limited>
-__device__ __forceinline__ void read_orders(const SelectArgs& a, const float* row, int column, float (&pre)[V],
-                                            uint32_t (&order)[V]) {
+__device__ __forceinline__ void to_orders(const SelectArgs& a, int column, Pack<float, V>& read, uint32_t (&order)[V]) {
   const bool inside = column < a.columns;
-  column = inside ? column : 0;
-  const Pack<float, V> read = load_pack<V>(row + column);
-  const int latent = a.first + column;
-#pragma unroll
-  for (int i = 0; i < V; ++i) pre[i] = read.at[i];
+  const int latent = a.first + (inside ? column : 0);
+  float(&pre)[V] = read.at;
   if (a.bias) {
     const Pack<float, V> bias = load_pack<V>(a.bias + latent);
 #pragma unroll
@@ -59,6 +59,24 @@ __device__ __forceinline__ void read_orders(const SelectArgs& a, const float* ro
   }
 #pragma unroll
   for (int i = 0; i < V; ++i) order[i] = inside ? order[i] : 0;
+}
+
+// Calls use(first column, the thread's kReads packs) over a row; the next packs are on their way meanwhile.
+template <int Team, int V, int kReads, class F>
+__device__ __forceinline__ void over_columns(const SelectArgs& a, const float* row, int lane, F&& use) {
+  constexpr int kSpan = Team * V * kReads;
+  Pack<float, V> next[kReads];
+#pragma unroll
+  for (int r = 0; r < kReads; ++r) next[r] = read_slab<V>(a, row, (r * Team + lane) * V);
+  for (int start = 0; start < a.columns; start += kSpan) {
+    Pack<float, V> now[kReads];
+#pragma unroll
+    for (int r = 0; r < kReads; ++r) {
+      now[r] = next[r];
+      next[r] = read_slab<V>(a, row, start + kSpan + (r * Team + lane) * V);
+    }
+    use(start, now);
+  }
 }
 
 template <int V, int Act> __device__ __forceinline__ int above_floor(const uint32_t (&order)[V]) {
@@ -125,17 +143,15 @@ __device__ uint32_t group_bound(const SelectArgs& a, const float* row, int lane,
   constexpr int kReads = P::kGroups > V ? P::kGroups / V : 1, kFew = kFlight<V, Limited>;
   constexpr int kAtOnce = kReads > kFew ? kReads : kFew;
   uint32_t best[kReads * V] = {};
-  for (int start = 0; start < a.columns; start += P::kTeam * V * kAtOnce) {
-    float pre[kAtOnce][V];
-    uint32_t order[kAtOnce][V];
+  over_columns<P::kTeam, V, kAtOnce>(a, row, lane, [&](int start, Pack<float, V>(&read)[kAtOnce]) {
 #pragma unroll
-    for (int r = 0; r < kAtOnce; ++r)
-      read_orders<V, Act, Limited>(a, row, start + (r * P::kTeam + lane) * V, pre[r], order[r]);
+    for (int r = 0; r < kAtOnce; ++r) {
+      uint32_t order[V];
+      to_orders<V, Act, Limited>(a, start + (r * P::kTeam + lane) * V, read[r], order);
 #pragma unroll
-    for (int r = 0; r < kAtOnce; ++r)
-#pragma unroll
-      for (int i = 0; i < V; ++i) best[r % kReads * V + i] = max(best[r % kReads * V + i], order[r][i]);
-  }
+      for (int i = 0; i < V; ++i) best[r % kReads * V + i] = max(best[r % kReads * V + i], order[i]);
+    }
+  });
   uint32_t bound = 0;
   for (uint32_t bit = kSign; bit > 0x80; bit /= 2) {
     const uint32_t trial = bound | bit;
@@ -220,31 +236,27 @@ template <class P, int V, int Act, bool Limited>
 __device__ __forceinline__ void add_columns(const SelectArgs& a, const float* row, uint32_t bound, int lane,
                                             Buffer<P>& best, int& passed) {
   constexpr int kReads = kFlight<V, Limited>;
-  for (int start = 0; start < a.columns; start += P::kTeam * V * kReads) {
-    float pre[kReads][V];
+  over_columns<P::kTeam, V, kReads>(a, row, lane, [&](int start, Pack<float, V>(&read)[kReads]) {
     uint32_t order[kReads][V];
     bool passes[kReads] = {}, any = false;
 #pragma unroll
     for (int r = 0; r < kReads; ++r) {
-      read_orders<V, Act, Limited>(a, row, start + (r * P::kTeam + lane) * V, pre[r], order[r]);
+      to_orders<V, Act, Limited>(a, start + (r * P::kTeam + lane) * V, read[r], order[r]);
       if constexpr (Limited) passed += above_floor<V, Act>(order[r]);
-    }
-#pragma unroll
-    for (int r = 0; r < kReads; ++r) {
 #pragma unroll
       for (int i = 0; i < V; ++i) passes[r] |= order[r][i] > bound;
       any |= passes[r];
     }
-    if (!team_any<P>(any)) continue;
+    if (!team_any<P>(any)) return;
 #pragma unroll
     for (int r = 0; r < kReads; ++r) {
       if (kReads > 1 && !team_any<P>(passes[r])) continue;
-      best.template append<V>(order[r], pre[r], bound, a.first + start + (r * P::kTeam + lane) * V);
+      best.template append<V>(order[r], read[r].at, bound, a.first + start + (r * P::kTeam + lane) * V);
       if (best.count + P::kTeam * V <= P::kCapacity) continue;
       bound = max(bound, best.trim(a.k, min(a.k + kSlack, P::kCapacity - P::kTeam * V), lane));
       best.trimmed = true;
     }
-  }
+  });
 }
 
 template <class P, int V, int Act, bool Limited> __device__ void select_best(const SelectArgs& a) {
@@ -300,10 +312,10 @@ template <int Act, bool Limited> __global__ void __launch_bounds__(kElementThrea
   const int column = blockIdx.x * kElementThreads + threadIdx.x;
   if (column >= a.columns) return;
   for (int64_t row = blockIdx.y; row < a.rows; row += gridDim.y) {
-    float pre[1];
+    Pack<float, 1> read = read_slab<1>(a, a.slab + row * a.stride, column);
     uint32_t order[1];
-    read_orders<1, Act, Limited>(a, a.slab + row * a.stride, column, pre, order);
-    a.keys[row * a.columns + column] = key_of(order[0], a.first + column, pre[0] < 0) ^ kFlip;
+    to_orders<1, Act, Limited>(a, column, read, order);
+    a.keys[row * a.columns + column] = key_of(order[0], a.first + column, read.at[0] < 0) ^ kFlip;
     if (Limited && above_floor<1, Act>(order)) atomicAdd(a.passed + row, 1);
   }
 }
