@@ -44,15 +44,21 @@ FAULTS = {
     ),
     "reads beyond the last column": (
         "address",
-        "if (column >= a.columns) {",
-        "if (false) {",
+        "(column < a.columns ? column : 0)",
+        "column",
         "heap-buffer-overflow",
     ),
     "writes beyond the buffer in shared memory": (
         "address",
-        "if (filled + P::kTeam * V <= P::kCapacity) continue;",
+        "if (best.count + P::kTeam * V <= P::kCapacity) continue;",
         "if (true) continue;",
         "global-buffer-overflow",
+    ),
+    "no wait for a tile's weights": (
+        "thread",
+        "    shared.full[stream.stage].wait(stream.round % 2);\n",
+        "",
+        "data race",
     ),
     "no __syncthreads before the table is read": (
         "thread",

@@ -30,7 +30,9 @@ struct FusedArgs {
   Out dtype;
 };
 
-constexpr int kGroupWarps = 4, kWarpRows = 16, kGroupRows = kGroupWarps * kWarpRows, kMostGroups = SK_WGMMA ? 3 : 2;
+constexpr int kGroupWarps = 4, kWarpRows = 16, kGroupRows = kGroupWarps * kWarpRows;
+// Warpgroups whose registers hold rows: three where they can be dealt out, fewer where rows of 256 leave too few.
+template <int KC> constexpr int kMostGroups = SK_WGMMA ? 3 : KC == 4 ? 1 : 2;
 constexpr int kHalfBits = kAccs / 4, kHalfLatents = kTileLatents / 2;  // of half a tile: a lane's in a row, a row's
 constexpr int kBiasBytes = kTileLatents * sizeof(float);
 constexpr int kInFlight = 3;  // chunks of weights on their way; a tile's chunks beside them must fit the stages
@@ -160,25 +162,23 @@ __device__ void bound_rows(const FusedArgs& a, float (&best)[kAccs], RowState& r
   }
 }
 
-// Makes room in the buffers of those rows whose four lanes are set in full[l / 4 of the row is the lower or upper one].
-template <int Keys>
-__device__ void cut_full_rows(const FusedArgs& a, unsigned (&full)[2], uint64_t* buffers, RowState& rows) {
+// Makes room in the buffers of those lower (Half 0) or upper rows whose four lanes are set in `full`.
+template <int Keys, int Half>
+__device__ __forceinline__ void cut_full_rows(const FusedArgs& a, unsigned full, uint64_t* buffers, RowState& rows) {
   const int lane = threadIdx.x % kWarp, most = min(a.k + kSlack, kLargestFused<Keys>);
   const bool is_abs = a.activation == kAbs;
-#pragma unroll
-  for (int half = 0; half < 2; ++half)
-    while (full[half]) {
-      const int quad = (__ffs(full[half]) - 1) / 4;
-      full[half] &= ~(0xfu << 4 * quad);
-      const int n = __shfl_sync(kAllLanes, rows.count[half], 4 * quad);
-      uint32_t bound;
-      const int kept = cut<Keys>(buffers + (quad + 8 * half) * kRowKeys<Keys>, n, a.k, most,
-                                 [&](uint64_t entry) { return key_in(entry, is_abs); }, bound);
-      if (lane / 4 == quad) {
-        rows.count[half] = kept;
-        rows.bound[half] = bound == kNanOrder ? rows.bound[half] : score_at(bound);
-      }
+  while (full) {
+    const int quad = (__ffs(full) - 1) / 4;
+    full &= ~(0xfu << 4 * quad);
+    const int n = __shfl_sync(kAllLanes, rows.count[Half], 4 * quad);
+    uint32_t bound;
+    const int kept = cut<Keys>(buffers + (quad + 8 * Half) * kRowKeys<Keys>, n, a.k, most,
+                               [&](uint64_t entry) { return key_in(entry, is_abs); }, bound);
+    if (lane / 4 == quad) {
+      rows.count[Half] = kept;
+      rows.bound[Half] = bound == kNanOrder ? rows.bound[Half] : score_at(bound);
     }
+  }
 }
 
 // Bit 2 j + e of a row's mask stands for latent 8 j + e of the tile; in acc it is at place_of(row, bit).
@@ -239,8 +239,9 @@ template <int Keys, bool General, int First, int Bits> __device__ __forceinline_
       keep_best<Keys, General, kHalfBits, kHalfBits>(a, acc, limit, latent, buffers, rows);
       return;
     } else {
-      unsigned full[2] = {__ballot_sync(kAllLanes, !fits[0]), __ballot_sync(kAllLanes, !fits[1])};
-      cut_full_rows<Keys>(a, full, buffers, rows);
+      const unsigned full[2] = {__ballot_sync(kAllLanes, !fits[0]), __ballot_sync(kAllLanes, !fits[1])};
+      cut_full_rows<Keys, 0>(a, full[0], buffers, rows);
+      cut_full_rows<Keys, 1>(a, full[1], buffers, rows);
     }
   }
   int place[2];
@@ -404,7 +405,7 @@ template <class T, int KC, int Keys, bool General> __device__ void select_rows_o
 
 // Blocks of fused_threads(groups) threads for 64 * groups rows each: the last warpgroup only copies.
 template <class T, int KC, int Keys, bool General>
-__global__ void __launch_bounds__(fused_threads(kMostGroups), 1) topk_encode_rows(FusedArgs a) {
+__global__ void __launch_bounds__(fused_threads(kMostGroups<KC>), 1) topk_encode_rows(FusedArgs a) {
   const FusedShared shared(a.stages);
   const int warp = __shfl_sync(kAllLanes, int(threadIdx.x / kWarp), 0), workers = blockDim.x / kWarp - kGroupWarps;
   if (threadIdx.x == 0)

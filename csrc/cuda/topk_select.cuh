@@ -295,7 +295,7 @@ template <class P, int V, int Act, bool Limited> __device__ void select_best(con
   }
 }
 
-template <class P, int V, int Act> __global__ void __launch_bounds__(P::kThreads) select_rows(SelectArgs a) {
+template <class P, int V, int Act> __global__ void __launch_bounds__(P::kThreads, 2) select_rows(SelectArgs a) {
   select_best<P, V, Act, false>(a);
 }
 // With thresholds: a block per multiprocessor is enough, or the registers would not do.

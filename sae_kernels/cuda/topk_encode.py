@@ -88,13 +88,14 @@ _BUFFERS = {64: 3 * 32 + 1, 128: 5 * 32 + 1}  # the largest k -> keys in a row's
 
 
 def fused_layout(
-    dtype: torch.dtype, d_in: int, d_sae: int, k: int, shared_bytes: int, most_groups: int
+    dtype: torch.dtype, d_in: int, d_sae: int, k: int, shared_bytes: int, hopper: bool
 ) -> FusedLayout | None:
     """How the fused kernel lies in a block's shared memory; None: it does not take this shape, or does not fit."""
     if dtype not in (torch.bfloat16, torch.float16) or d_in % 8 or d_sae % 64 or d_in > _LARGEST_DEPTH or k > 128:
         return None
     keys = next(size for most, size in _BUFFERS.items() if k <= most)
     chunks = 1 << (-(-d_in // 64) - 1).bit_length()
+    most_groups = 3 if hopper else 1 if chunks == 4 else 2  # kMostGroups
     for groups in range(most_groups, 0, -1):
         stages = (shared_bytes - 1024 - groups * 64 * keys * 8) // _STAGE_BYTES
         if stages >= chunks + _IN_FLIGHT:
@@ -113,12 +114,12 @@ def _sample(tiles: int, chunks: int, k: int) -> int:
 
 
 @cache
-def _block_of(device: torch.device) -> tuple[int, int]:
-    """Bytes of shared memory of a block, warpgroups with rows: three where wgmma's registers can be dealt out."""
+def _block_of(device: torch.device) -> tuple[int, bool]:
+    """Bytes of shared memory of a block; whether the GPU multiplies by wgmma."""
     if device.type != "cuda":
-        return 232448, 1  # of the tests, which run a thread of the CPU for each of CUDA's
+        return 143_000, False  # of the tests, which run the kernels on the CPU
     properties = torch.cuda.get_device_properties(device)
-    return properties.shared_memory_per_block_optin, 3 if properties.major == 9 else 2
+    return properties.shared_memory_per_block_optin, properties.major == 9
 
 
 def _by_slabs(x, W, screen, passed, k, activation, values, indices, trims) -> None:

@@ -158,6 +158,9 @@ inline unsigned __reduce_max_sync(unsigned mask, unsigned x) {
 template <class T> T atomicAdd(T* at, T value) {
   return std::atomic_ref<T>(*at).fetch_add(value, std::memory_order_relaxed);
 }
+template <class T> T atomicOr(T* at, T value) {
+  return std::atomic_ref<T>(*at).fetch_or(value, std::memory_order_relaxed);
+}
 
 // Runs change(value) on *at until nobody comes between.
 template <class T, class F> T atomic_change(T* at, F&& change) {

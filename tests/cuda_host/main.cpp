@@ -9,6 +9,7 @@
 namespace {  // of this file alone: AddressSanitizer then guards the arrays that stand for shared memory
 #include "cuda/activation_stats.cuh"
 #include "cuda/latent_sums.cuh"
+#include "cuda/topk_fused.cuh"
 #include "cuda/topk_select.cuh"
 }  // namespace
 
@@ -39,6 +40,22 @@ template <class P, int V> void select(int rows, int columns, int k, int top) {
   cuda_host::run(select_rows<P, V, kRelu>, grid, P::kThreads, args);
   args.threshold = threshold.data(), args.threshold_step = 1, args.passed = passed.data();
   cuda_host::run(select_limited_rows<P, kRelu>, grid, P::kThreads, args);
+}
+
+// More tiles than stages, a last block that is not full; scores from few different ones: buffers fill up and are cut.
+template <int KC, bool General> void encode_fused(int64_t rows, int d_in, int d_sae, int k, int sample) {
+  std::vector<uint16_t> x = numbers<uint16_t>(rows * d_in, 0, 1), W = numbers<uint16_t>(d_sae * d_in, 0, 1);
+  for (auto* some : {&x, &W})
+    for (uint16_t& bits : *some) bits *= 0x3f80;  // 0 or 1
+  std::vector<float> bias(d_sae), threshold(d_sae, 1.0f), values(rows * k);
+  std::vector<int32_t> indices(rows * k), passed(rows);
+  FusedArgs args{};
+  args.x = x.data(), args.W = W.data(), args.bias = bias.data(), args.values = values.data();
+  args.indices = indices.data(), args.rows = rows, args.d_in = d_in, args.k = k, args.tiles = d_sae / kTileLatents;
+  args.stages = KC + kInFlight, args.sample = sample, args.stride = sample > 0 ? args.tiles / sample : 1;
+  if (General) args.threshold = threshold.data(), args.threshold_step = 1, args.passed = passed.data();
+  cuda_host::run(topk_encode_rows<bf16, KC, 3, General>, dim3(ceil_div(rows, kGroupRows)), fused_threads(1), args,
+                 fused_bytes<3>(1, args.stages));
 }
 
 void sort_whole_rows() {
@@ -119,11 +136,26 @@ template <class T> void statistics(int64_t rows, int k, int64_t d_sae, int n) {
   cuda_host::run(merge_candidates<T, int64_t>, dim3(ceil_div(d_sae * kWarp, kStatsThreads)), kStatsThreads, entry);
 }
 
+// Two ranges of latents, two shares that end within a pack; the indices go from -1 to d_sae.
+template <class T, class I> void firings(int64_t rows, int k, int64_t d_sae) {
+  const int64_t entries = rows * k;
+  std::vector<T> values = numbers<T>(entries, 0, 1);
+  std::vector<I> indices = numbers<I>(entries, -1, d_sae);
+  std::vector<uint8_t> counted = numbers<uint8_t>(rows, 0, 1), marks(d_sae);
+  FiredArgs<T, I> args{};
+  args.values = values.data(), args.indices = indices.data(), args.entries = entries, args.d_sae = d_sae, args.k = k;
+  args.counted = reinterpret_cast<const bool*>(counted.data()), args.marks = reinterpret_cast<bool*>(marks.data());
+  args.packs = entries / kPack, args.latents = 32;
+  cuda_host::run(mark_fired<T, I>, dim3(2, ceil_div(d_sae, 32)), 64, args, 32 / 8);
+}
+
 int main() {
   // as SelectTo1024, SelectTo32 and SelectTo64, with fewer threads
   select<SelectPlan<64, 1, 4, 512>, 4>(1, 1100, 40, 0);
   select<SelectPlan<32, 2, 4, 256>, 4>(3, 400, 5, 0);
   select<SelectPlan<32, 2, 8, 256>, 1>(2, 611, 40, 1);
+  encode_fused<1, false>(3, 16, 512, 20, 2);
+  encode_fused<2, true>(2, 72, 192, 40, 0);
   sort_whole_rows();
   decode<4>(5, 3, 7, 36);
   decode<1>(3, 6, 7, 35);
@@ -131,4 +163,6 @@ int main() {
   sums<1>(5, 3, 4, 3, 2);
   statistics<float>(30, 5, 19, 3);
   statistics<double>(20, 5, 9, 35);
+  firings<float, int32_t>(301, 5, 50);
+  firings<double, int64_t>(30, 7, 33);
 }

@@ -5,4 +5,8 @@ namespace sae_kernels {
 
 inline unsigned char* dynamic_shared() { return cuda_host::dynamic_storage; }
 
+template <class N> N look(const N* at) {
+  return std::atomic_ref<N>(*const_cast<N*>(at)).load(std::memory_order_relaxed);
+}
+
 }  // namespace sae_kernels
