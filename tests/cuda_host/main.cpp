@@ -117,7 +117,7 @@ template <class T> void statistics(int64_t rows, int k, int64_t d_sae, int n) {
   args.foreign = foreign.data(), args.entries = entries, args.share = entries / 2 - 1, args.d_sae = d_sae, args.k = k;
   args.latents = 8;
   const dim3 grid(ceil_div(entries, args.share), ceil_div(d_sae, 8));
-  cuda_host::run(add_entries<T, int64_t>, grid, 64, args, 8 * StatsTable<T>::kBytes);
+  cuda_host::run(add_entries<T, int64_t>, grid, 64, args, 8 * StatsTable<T>::kBytes + kQueueBytes);
   cuda_host::run(carry_limbs<T, int64_t>, dim3(1), kStatsThreads, args);
   for (int64_t f = 0; f < d_sae; ++f) {
     starts[f] = order.size();
