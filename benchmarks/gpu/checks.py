@@ -30,15 +30,16 @@ GRACE_SECONDS = 8
 
 
 def gates(tests: Path) -> dict[str, list[Path]]:
-    """Gate -> its test files: test_triton_<op>.py, test_cuda_<op>.py and test_gpu_<op>.py; a test_gpu file of no op
-    belongs to module.
+    """Gate -> its test files: test_triton_<op>.py, test_cuda_<op>.py and test_gpu_<op>.py, also with more after the op; a
+    test_gpu file of no op belongs to module.
     """
+    ops = [path.stem for path in (ROOT / "sae_kernels" / "ops").glob("[a-z]*.py")]
     found: dict[str, list[Path]] = {}
     for path in sorted(path for kind in ("triton", "cuda", "gpu") for path in tests.glob(f"test_{kind}_*.py")):
         kind, name = re.fullmatch(r"test_(triton|cuda|gpu)_(\w+)", path.stem).groups()
-        of_op = (ROOT / "sae_kernels" / "ops" / f"{name}.py").is_file()
-        if of_op or kind == "gpu":
-            found.setdefault(name if of_op else "module", []).append(path)
+        op = next((op for op in ops if name == op or name.startswith(f"{op}_")), None)
+        if op or kind == "gpu":
+            found.setdefault(op or "module", []).append(path)
     return found
 
 
@@ -75,7 +76,7 @@ def run_tests(device: str, out: Path, commit: str, seconds: float, tests: Path) 
         if results.get(name, "").startswith("ok"):
             print(f"tests of {name}: {results[name]} (before)", flush=True)
     waiting = {name: files for name, files in found.items() if not results.get(name, "").startswith("ok")}
-    workers = max(1, (os.cpu_count() or 1) // max(1, len(waiting)))
+    workers = max(1, (os.cpu_count() or 1) // 3)  # for the few gates that take long
     with ThreadPoolExecutor(max(1, len(waiting))) as pool:
         running = {
             pool.submit(_pytest, files, out / "log.txt", seconds, device, workers): name
