@@ -10,8 +10,11 @@ namespace {
 // Calls f<T, I>().
 template <class F> void with_entries(const Tensor& values, const Tensor& indices, F&& f) {
   with_float_type(values.scalar_type(), [&]<class T>(T) {
-    if (indices.scalar_type() == ScalarType::Int) f.template operator()<T, int32_t>();
-    else f.template operator()<T, int64_t>();
+    switch (indices.scalar_type()) {
+      case ScalarType::Int: return f.template operator()<T, int32_t>();
+      case ScalarType::Long: return f.template operator()<T, int64_t>();
+      default: STD_TORCH_CHECK(false, "sae_kernels: indices must be int32 or int64");
+    }
   });
 }
 
@@ -105,6 +108,27 @@ void stats_merge(Tensor values, Tensor indices, Tensor ids, Tensor order, Tensor
   });
 }
 
+void stats_fired(Tensor values, Tensor indices, std::optional<Tensor> counted, Tensor marks) {
+  with_entries(values, indices, [&]<class T, class I>() {
+    FiredArgs<T, I> args{};
+    args.values = data<T>(values);
+    args.indices = data<I>(indices);
+    args.counted = data_or_null<bool>(counted);
+    args.marks = mutable_data<bool>(marks);
+    args.entries = values.numel();
+    args.packs = aligned(16, args.values) && aligned(16, args.indices) ? args.entries / kPack : 0;
+    args.d_sae = marks.size(0);
+    args.k = static_cast<int>(values.size(1));
+    const Device device = device_of(values);
+    const int64_t ranges = ceil_div(args.d_sae, 8 * (device.shared_bytes / 4 * 4));
+    args.latents = static_cast<int>(ceil_div(ceil_div(args.d_sae, ranges), kWarp) * kWarp);
+    // a block per multiprocessor, and no more than have a pack for each thread
+    const int64_t shares = std::min(device.processors / ranges, ceil_div(args.entries, kPack * kTallyThreads));
+    const dim3 grid = grid_of(std::max<int64_t>(shares, 1), ranges);
+    launch(mark_fired<T, I>, grid, kTallyThreads, args, values, args.latents / 8);
+  });
+}
+
 }  // namespace sae_kernels
 
 STABLE_TORCH_LIBRARY_IMPL(sae_kernels, SK_DEVICE, m) {
@@ -113,4 +137,5 @@ STABLE_TORCH_LIBRARY_IMPL(sae_kernels, SK_DEVICE, m) {
   m.impl("cuda_stats_cooccurrence", TORCH_BOX(&sae_kernels::stats_cooccurrence));
   m.impl("cuda_stats_mark", TORCH_BOX(&sae_kernels::stats_mark));
   m.impl("cuda_stats_merge", TORCH_BOX(&sae_kernels::stats_merge));
+  m.impl("cuda_stats_fired", TORCH_BOX(&sae_kernels::stats_fired));
 }

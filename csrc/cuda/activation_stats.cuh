@@ -33,7 +33,17 @@ template <class T, class I> struct StatsArgs {
   int k, latents;          // latents: of one block's table
 };
 
-// For the other three kernels: entries one by one.
+// For mark_fired.
+template <class T, class I> struct FiredArgs {
+  const T* values;      // [rows, k]
+  const I* indices;     // [rows, k]
+  const bool* counted;  // [rows], or null: all rows count
+  bool* marks;          // [d_sae]
+  int64_t entries, packs, d_sae;  // packs: of kPack entries; those after them are taken one by one
+  int k, latents;                 // latents: of one block's bits, a multiple of kWarp
+};
+
+// For the other kernels: entries one by one.
 template <class T, class I> struct EntryArgs {
   const T* values;          // [rows, k]
   const I* indices;         // [rows, k]
@@ -148,7 +158,7 @@ template <class T> struct StatsTable {
 
 // A maximum that is seldom new: looking costs less than an atomic, and who sees an older one makes an atomic in vain.
 template <class N> __device__ __forceinline__ void raise_shared(N* at, N to) {
-  if (to > *const_cast<const volatile N*>(at)) atomicMax(at, to);
+  if (to > look(at)) atomicMax(at, to);
 }
 
 // An entry of the block's own latents; last: one more than the highest place at which one fired.
@@ -306,6 +316,59 @@ template <class T, class I> __global__ void __launch_bounds__(kStatsThreads) mer
       __syncwarp();
     }
   }
+}
+
+constexpr int kPack = 8;  // kWide of the narrowest type
+
+// kPack neighbours, 16 bytes at a time.
+template <class T> __device__ __forceinline__ void load_wide(const T* from, T (&to)[kPack]) {
+#pragma unroll
+  for (int i = 0; i < kPack; i += kWide<T>) {
+    const auto pack = load_pack<kWide<T>>(from + i);
+#pragma unroll
+    for (int j = 0; j < kWide<T>; ++j) to[i + j] = pack.at[j];
+  }
+}
+
+// Marks the latents of values other than 0; grid: blocks that stride over the entries x ranges of latents.
+//
+// A block keeps a bit per latent in shared memory, and most entries find theirs set: neither their value nor their row
+// is looked at, and nothing is written. Bound by reading the indices.
+template <class T, class I> __global__ void __launch_bounds__(kTallyThreads, 1) mark_fired(FiredArgs<T, I> a) {
+  using Place = std::make_unsigned_t<I>;
+  unsigned* bits = reinterpret_cast<unsigned*>(dynamic_shared());
+  const int64_t first_latent = int64_t(blockIdx.y) * a.latents;
+  const auto latents = static_cast<Place>(min(int64_t(a.latents), a.d_sae - first_latent));
+  const int64_t threads = int64_t(gridDim.x) * blockDim.x, thread = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
+  for (int i = threadIdx.x; i < a.latents / kWarp; i += blockDim.x) bits[i] = 0;
+  __syncthreads();
+  const auto slot_of = [&](I latent) { return Place(latent) - Place(first_latent); };  // wraps round where it is below
+  const auto unmarked = [&](I latent) {  // an older state costs an atomic in vain, no more
+    const Place slot = slot_of(latent);
+    return slot < latents && !(look(bits + slot / kWarp) >> slot % kWarp & 1);
+  };
+  const auto mark = [&](I latent, T value, int64_t at) {
+    if (to_acc(value) == 0 || (a.counted && !a.counted[at / a.k])) return;
+    atomicOr(bits + slot_of(latent) / kWarp, 1u << slot_of(latent) % kWarp);
+  };
+  for (int64_t pack = thread; pack < a.packs; pack += threads) {
+    I latent[kPack];
+    T value[kPack];
+    load_wide(a.indices + pack * kPack, latent);
+    unsigned wanted = 0;
+#pragma unroll
+    for (int i = 0; i < kPack; ++i) wanted |= unsigned(unmarked(latent[i])) << i;
+    if (wanted == 0) continue;
+    load_wide(a.values + pack * kPack, value);
+#pragma unroll
+    for (int i = 0; i < kPack; ++i)
+      if (wanted >> i & 1) mark(latent[i], value[i], pack * kPack + i);
+  }
+  for (int64_t at = a.packs * kPack + thread; at < a.entries; at += threads)
+    if (unmarked(a.indices[at])) mark(a.indices[at], a.values[at], at);
+  __syncthreads();
+  for (int bit = threadIdx.x; bit < int(latents); bit += blockDim.x)
+    if (bits[bit / kWarp] >> bit % kWarp & 1) a.marks[first_latent + bit] = true;
 }
 
 }  // namespace sae_kernels

@@ -15,6 +15,7 @@ _lib.define(
     "cuda_stats_merge(Tensor values, Tensor indices, Tensor ids, Tensor order, Tensor starts, Tensor(a!) top_values,"
     " Tensor(b!) top_ids) -> ()"
 )
+_lib.define("cuda_stats_fired(Tensor values, Tensor indices, Tensor? counted, Tensor(a!) marks) -> ()")
 _ops = torch.ops.sae_kernels
 
 
@@ -55,3 +56,12 @@ def cooccurrence(values: Tensor, indices: Tensor, position: Tensor | None, table
     """position [d_sae] int64: place in the table or -1, None: the latent itself; table [m, m] int64."""
     if values.numel() > 0:
         _ops.cuda_stats_cooccurrence(values, indices, position, table)
+
+
+def fired(values: Tensor, indices: Tensor, weight: Tensor | None, d_sae: int) -> Tensor:
+    """values, indices [N, k], weight [N] -> [d_sae] bool: latents of values other than 0, in rows of weight above 0."""
+    marks = torch.zeros(d_sae, dtype=torch.bool, device=values.device)
+    if values.numel() > 0 and d_sae > 0:
+        counted = None if weight is None else (weight > 0).contiguous()
+        _ops.cuda_stats_fired(values.contiguous(), indices.contiguous(), counted, marks)
+    return marks
