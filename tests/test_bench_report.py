@@ -51,6 +51,26 @@ def test_readme_and_plots_follow_the_csv(tmp_path):
     assert readme in report.write(tmp_path)
 
 
+def test_gpus_have_blocks_of_their_own(tmp_path):
+    """A device is a GPU where our rows are of a GPU's backend; ratios with the unforced row of ours; why one is missing."""
+    folder = _results(tmp_path).parent / "chip"
+    size = {"rows": 1048576, "d_in": 64, "d_sae": 4096, "k": 32, "dtype": "bfloat16", "device": "Chip"}
+    ours = replace(row(p50=4.0, extra_bytes=3 * 2**20, **size), backend="cuda")
+    rows = [ours, row("linear", 2.0, **size), row("torch", 50.0, **size), replace(ours, backend="triton", p50_ms=9.0)]
+    rows += [replace(ours, op="module", mode="step", p50_ms=10.0, backend="cuda+triton")]
+    rows += [replace(row("torch", 1.0, op="module", mode="step", **size), p50_ms=None, status="OOM")]
+    rows += [replace(ours, op="activation_stats", p50_ms=0.2, backend="triton")]
+    table.write(rows, folder)
+    readme = tmp_path / "README.md"
+    names = ("gpuheadline", "gpumachine", "machine", "gpustep")
+    readme.write_text("".join(f"<!-- bench:{n} -->\nold\n<!-- /bench:{n} -->\n" for n in names))
+    report.write(tmp_path)
+    text = readme.read_text()
+    assert "| 1048576, 64, 4096, 32 | 4 | 2.00 | 12.50x | 3 | - | - | 10 | OOM | - | 0.05 |" in text
+    assert text.count("Measured on Chip") == text.count("Measured on box") == 1
+    assert "| 1048576 x 64 x 4096, k 32 bfloat16 | 10 | OOM |" in text
+
+
 def test_a_broken_marker_raises():
     with pytest.raises(ValueError, match="opened"):
         report.update("<!-- bench:encode -->\n", [])

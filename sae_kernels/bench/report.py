@@ -27,8 +27,14 @@ class Results:
         rows = self.rows or [row for _, _, row in self.scaling]
         return rows[0].device if rows else self.folder.name
 
+    @property
+    def on_gpu(self) -> bool:
+        return any(row.backend.split("+")[0] in ("cuda", "triton") for row in self.rows)
+
     def cell(self, op: str, mode: str, case_name: str) -> list[Row]:
-        size = CASES[case_name].size
+        return self.sized(op, mode, CASES[case_name].size)
+
+    def sized(self, op: str, mode: str, size: tuple) -> list[Row]:
         return [
             r for r in self.rows if (r.op, r.mode) == (op, mode) and (r.rows, r.d_in, r.d_sae, r.k, r.dtype) == size
         ]
@@ -142,6 +148,40 @@ def machine(found: Results) -> str:
     return f"Measured on {found.device}; {versions}; commit {commits}." if rows else ""
 
 
+def gpu_headline(found: Results) -> str:
+    """A line per case whose encode was measured on a GPU: ours, the floor, and how many times our time others take."""
+    head = ["rows, d_in, d_sae, k", "encode, ms", "of `F.linear` alone", "linear + relu + topk", "extra MiB", "decode, ms"]
+    head += ["embedding_bag", "training step, ms", "plain torch", "eai-sparsify", "statistics, of encode"]
+    lines = []
+    for cell in table.cells(found.rows).values():
+        mine = table.ours(cell)
+        if mine is None or (mine.op, mine.mode) != ("topk_encode", "forward"):
+            continue
+        others = [("sparse_decode", "forward"), ("module", "step"), ("activation_stats", "forward")]
+        decode, step, stats = ({r.provider: r for r in reversed(found.sized(*op, mine.cell[2:]))} for op in others)
+        encode = {r.provider: r for r in reversed(cell)} | {"sae_kernels": mine}
+        name = f"{mine.rows}, {mine.d_in}, {mine.d_sae}, {mine.k}" + (f" {mine.dtype}" if mine.dtype != "bfloat16" else "")
+        extra = f"{mine.extra_bytes / 2**20:.0f}" if mine.extra_bytes is not None else "-"
+        line = [name, _ms(encode), _over(encode, "sae_kernels", "linear", ""), _over(encode, "torch"), extra]
+        line += [_ms(decode), _over(decode, "embedding_bag"), _ms(step), _over(step, "torch"), _over(step, "eai_sparsify")]
+        share = _over({"encode": mine, "stats": stats.get("sae_kernels")}, "stats", "encode", "")
+        lines.append([*line, share])
+    return _grid(head, lines) if lines else ""
+
+
+def _ms(rows: dict[str, Row]) -> str:
+    row = rows.get("sae_kernels")
+    return f"{row.p50_ms:.4g}" if row is not None and row.p50_ms else "-"
+
+
+def _over(rows: dict[str, Row | None], over: str, under: str = "sae_kernels", unit: str = "x") -> str:
+    """One time over another, or why there is none."""
+    first, second = rows.get(over), rows.get(under)
+    if first is None or second is None or not second.p50_ms:
+        return "-"
+    return f"{first.p50_ms / second.p50_ms:.2f}{unit}" if first.p50_ms else first.status.split(":")[0]
+
+
 def drawings(found: Results) -> dict[str, str]:
     """File name -> SVG, for whatever has been measured."""
     drawn = {}
@@ -210,6 +250,7 @@ BLOCKS: dict[str, Callable[[Results], str]] = {
     "losses": losses,
     "scaling": exponents,
     "plots": _pictures,
+    "gpuheadline": gpu_headline,
 }
 
 
@@ -221,10 +262,12 @@ def devices(results: Path, root: Path) -> list[Results]:
 
 
 def render(name: str, found: list[Results]) -> str:
-    """The text of one block, a heading per device where there are several."""
-    if name not in BLOCKS:
+    """The text of one block, a heading per device where there are several. gpuNAME: block NAME of GPUs, else of CPUs."""
+    on_gpu = name.startswith("gpu")
+    block = BLOCKS.get(name) or BLOCKS.get(name.removeprefix("gpu"))
+    if block is None:
         raise ValueError(f"block {name!r} is unknown; choose from {', '.join(BLOCKS)}")
-    texts = [(result.device, BLOCKS[name](result)) for result in found]
+    texts = [(result.device, block(result)) for result in found if result.on_gpu == on_gpu]
     texts = [(device, text) for device, text in texts if text]
     if not texts:
         return "Not measured yet."
