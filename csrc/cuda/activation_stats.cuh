@@ -332,8 +332,8 @@ template <class T> __device__ __forceinline__ void load_wide(const T* from, T (&
 
 // Marks the latents of values other than 0; grid: blocks that stride over the entries x ranges of latents.
 //
-// A block keeps a bit per latent in shared memory, and most entries find theirs set: neither their value nor their row
-// is looked at, and nothing is written. Bound by reading the indices.
+// A block keeps a bit per latent in shared memory. An entry that finds it set writes nothing, nor is its row looked at,
+// and values are read only where a bit of their pack is missing: of many entries of few latents, the indices alone.
 template <class T, class I> __global__ void __launch_bounds__(kTallyThreads, 1) mark_fired(FiredArgs<T, I> a) {
   using Place = std::make_unsigned_t<I>;
   unsigned* bits = reinterpret_cast<unsigned*>(dynamic_shared());
