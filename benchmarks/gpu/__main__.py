@@ -40,7 +40,7 @@ from . import cells, checks, targets
 from .plan import plan
 from .warm import warming
 
-TESTS_SHARE = 0.6  # of the time, at most, for building and testing
+TESTS_SHARE = 0.7  # of the time, at most, for building and testing
 
 
 def options(arguments: list[str] | None) -> argparse.Namespace:
