@@ -39,7 +39,7 @@ def prepare(
     w: Workload | None = None,
 ) -> Prepared:
     """Builds the call and, with gate, checks its result against fp64. Whatever a provider raises becomes its status."""
-    backend = ours_backend(device, op, mode) if provider.backend == "auto" else provider.backend
+    backend = ours_backend(device, op, mode, case) if provider.backend == "auto" else provider.backend
     if provider.package is not None:
         try:
             importlib.import_module(provider.package)

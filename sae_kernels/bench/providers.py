@@ -10,10 +10,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import sae_kernels as sk
-from sae_kernels.ops.topk_encode import backends
+from sae_kernels.ops._stats_gpu import update_backend
+from sae_kernels.ops.sparse_decode import backends as decoder_backends
+from sae_kernels.ops.topk_encode import backends as encoder_backends
 
 from . import peers
 from .call import Call, Unsupported, leaf
+from .cases import Case
 from .workload import Workload
 
 ISAS = ("avx512_bf16", "avx512", "avx2", "generic")
@@ -149,16 +152,21 @@ OURS = {
 }
 
 
-ENCODERS = ("topk_encode", "threshold_encode", "batch_topk_encode", "serving", "first_call")
+FORWARD = ("topk_encode", "threshold_encode", "batch_topk_encode", "serving", "first_call", "sparse_decode")
 
 
-def ours_backend(device: str, op: str, mode: str) -> str:
+def ours_backend(device: str, op: str, mode: str, case: Case) -> str:
     """The backend our op takes on the device, on a CPU with its instruction set; two where a module takes two."""
     if device != "cpu":
-        forward, rest = backends(torch.device(device))
-        if op == "module" and forward != rest:
-            return f"{forward}+{rest}"
-        return forward if op in ENCODERS and mode == "forward" else rest
+        on = torch.device(device)
+        forward, rest = encoder_backends(on)
+        if op == "module":
+            return forward if forward == rest else f"{forward}+{rest}"
+        if op == "activation_stats":
+            return update_backend(on, case.d_sae)
+        if op == "sparse_decode":
+            forward = decoder_backends(on, case.d_in * getattr(torch, case.dtype).itemsize)[0]
+        return forward if op in FORWARD and mode == "forward" else rest
     facts = sk.info()
     return f"cpu/{facts['instruction_set']}" if facts["backend"] == "cpu" else facts["backend"]
 

@@ -164,7 +164,9 @@ def gpu_headline(found: Results) -> str:
         extra = f"{mine.extra_bytes / 2**20:.0f}" if mine.extra_bytes is not None else "-"
         line = [name, _ms(encode), _over(encode, "sae_kernels", "linear", ""), _over(encode, "torch"), extra]
         line += [_ms(decode), _over(decode, "embedding_bag"), _ms(step), _over(step, "torch"), _over(step, "eai_sparsify")]
-        share = _over({"encode": mine, "stats": stats.get("sae_kernels")}, "stats", "encode", "")
+        update = stats.get("sae_kernels")
+        same = {"encode": mine, "stats": update if update is not None and update.commit == mine.commit else None}
+        share = _over(same, "stats", "encode", "")
         lines.append([*line, share])
     return _grid(head, lines) if lines else ""
 

@@ -233,7 +233,7 @@ class Cells:
         return not row.status.startswith(alone)
 
     def _row(self, op: str, mode: str, case: Case, provider: Provider) -> Row:
-        backend = ours_backend(self.device, op, mode) if provider.backend == "auto" else provider.backend
+        backend = ours_backend(self.device, op, mode, case) if provider.backend == "auto" else provider.backend
         facts = {name: self.facts[name] for name in ("device", "torch", "triton", "commit")}
         return Row(op, mode, provider.name, backend, *case.size, **facts)
 
@@ -241,7 +241,7 @@ class Cells:
         """Our forced backends are measured where the quick table is, and where they were asked for, but for the one
         that is taken anyway."""
         if not self.full or case.quick:
-            same = f"sae_kernels:{ours_backend(self.device, op, mode)}" if self.full else ""
+            same = f"sae_kernels:{ours_backend(self.device, op, mode, case)}" if self.full else ""
             return [p for p in self.providers if p.key != same]
         return [p for p in self.providers if p.name != "sae_kernels" or p.backend == "auto"]
 

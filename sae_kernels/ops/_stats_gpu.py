@@ -68,6 +68,11 @@ def kernels(device: torch.device, d_sae: int) -> dict[str, Callable[..., None]] 
     H200 does four times as fast for 4096 latents: unless Triton is forced it stands in where it is built.
     """
     backend = pick(device)
-    if backend == "triton" and d_sae <= MOST_IN_TABLES and pick(device, on_cuda="cuda") == "cuda":
+    if backend == "triton" and update_backend(device, d_sae) == "cuda":
         return {**KERNELS["triton"], "update": KERNELS["cuda"]["update"]}
     return KERNELS.get(backend)
+
+
+def update_backend(device: torch.device, d_sae: int) -> str:
+    """Whose `update` serves tensors on `device`."""
+    return pick(device, on_cuda="cuda" if d_sae <= MOST_IN_TABLES else "triton")

@@ -72,11 +72,19 @@ def sparse_decode(values: Tensor, indices: Tensor, W_dec: Tensor, b_dec: Tensor 
     values, b_dec = _autocast.widened(W_dec, values, b_dec)
     check_code("sparse_decode", values, indices, W_dec, b_dec)
     run = _SparseDecode.apply if _checks.needs_grad(values, W_dec, b_dec) else _SparseDecode.forward
+    chosen = backends(values.device, W_dec.shape[1] * W_dec.element_size())
     if values.dim() == 2:
-        return run(values, indices, W_dec, b_dec, pick(values.device))
+        return run(values, indices, W_dec, b_dec, chosen)
     k = values.shape[-1]
-    y = run(values.reshape(-1, k), indices.reshape(-1, k), W_dec, b_dec, pick(values.device))
+    y = run(values.reshape(-1, k), indices.reshape(-1, k), W_dec, b_dec, chosen)
     return y.reshape(*values.shape[:-1], W_dec.shape[1])
+
+
+def backends(device: torch.device, row_bytes: int) -> tuple[str, str]:
+    """Of the forward kernel and of the gradients, each the faster on a GPU: an H200 gathered rows of 128 bytes 1.7 times
+    as fast by CUDA C++, longer ones 1.5 times as fast by Triton.
+    """
+    return pick(device, on_cuda="cuda" if row_bytes <= 128 else "triton"), pick(device)
 
 
 def check_code(op: str, values: object, indices: object, W_dec: object, b_dec: object) -> None:
@@ -164,12 +172,12 @@ def _cuda_grad_values(grad, indices, W_dec):
 
 class _SparseDecode(torch.autograd.Function):
     @staticmethod
-    def forward(values, indices, W_dec, b_dec, backend):
-        return decode_with(backend, values, indices, W_dec, b_dec)
+    def forward(values, indices, W_dec, b_dec, backends):
+        return decode_with(backends[0], values, indices, W_dec, b_dec)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        values, indices, W_dec, _, backend = inputs
+        values, indices, W_dec, _, (_, backend) = inputs
         ctx.save_for_backward(values, indices, W_dec)
         ctx.backend = backend
 
