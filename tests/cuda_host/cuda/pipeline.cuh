@@ -9,27 +9,28 @@
 
 namespace sae_kernels {
 
-// From the highest bits on: arrivals of a phase, those still missing, the phase.
+// From the highest bits on: arrivals of a phase, those still missing, the phase. An int, as Linux waits for one itself.
 struct Barrier {
   uint64_t state;
 
-  void init(int arrivals) { cell().store(uint64_t(arrivals) << 48 | uint64_t(arrivals) << 32); }
+  void init(int arrivals) { cell().store(arrivals << 24 | arrivals << 16); }
   void arrive() {
-    uint64_t before = cell().load(), after;
+    int before = cell().load(), after;
     do {
-      after = before - (uint64_t(1) << 32);
-      if ((after >> 32 & 0xffff) == 0) after = (before >> 48) << 48 | (before >> 48) << 32 | (uint32_t(before) + 1);
+      after = before - (1 << 16);
+      if ((after >> 16 & 0xff) == 0) after = (before & 0xff << 24) | (before >> 24 & 0xff) << 16 | ((before + 1) & 0xffff);
     } while (!cell().compare_exchange_weak(before, after, std::memory_order_acq_rel));
-    if (uint32_t(before) != uint32_t(after)) cell().notify_all();
+    if ((before ^ after) & 0xffff) cell().notify_all();
   }
+  // Until the phase of this parity has ended; the first phase has parity 0.
   void wait(int parity) {
-    for (uint64_t now = cell().load(std::memory_order_acquire); int(now & 1) == parity;
+    for (int now = cell().load(std::memory_order_acquire); (now & 1) == parity;
          now = cell().load(std::memory_order_acquire))
       cell().wait(now, std::memory_order_acquire);
   }
 
  private:
-  std::atomic_ref<uint64_t> cell() { return std::atomic_ref<uint64_t>(state); }
+  std::atomic_ref<int> cell() { return std::atomic_ref<int>(*reinterpret_cast<int*>(&state)); }
 };
 
 inline void copy_16(void* to, const void* from, bool inside) {
