@@ -1,9 +1,9 @@
 // The k best of every row of a slab of pre-activations, exact: larger score first, NaN above all, equal scores by the
 // lower latent. One team of threads per row, a warp or a block. A first pass takes maxima of strided groups: the k-th
 // largest of them has k scores at or above it, so what lies below is out. A second pass appends what is left to a
-// buffer in shared memory, which is sorted. Where the buffer fills up (ties, unlucky orders) it is sorted early, its k
-// best stay, and the bound rises to the k-th of them: columns come in ascending order, so every input gives the exact
-// result. Reads the slab twice, from L2 where it fits there; chunks of latents after the first are read once.
+// buffer in shared memory. Where that fills up (ties, unlucky orders) it is trimmed early, its k best and a few more
+// stay, and the bound rises to the lowest of them: columns come in ascending order, so every input gives the exact
+// result. What the last chunk leaves is sorted. Reads the slab twice, from L2 where it fits there; chunks of latents after the first are read once.
 #pragma once
 
 #include "cuda/topk_keys.cuh"
@@ -21,7 +21,7 @@ struct SelectArgs {
   uint64_t* keys;       // [rows, k] the best so far; read where `filled`, written unless `last`
   void* values;         // [rows, k]
   int32_t* indices;     // [rows, k]
-  int32_t* trims;       // counts the rows whose buffer was sorted early
+  int32_t* trims;       // counts the rows whose buffer was trimmed early
   int64_t rows, stride;
   int columns, first, k, filled, last, threshold_step;
   Out dtype;

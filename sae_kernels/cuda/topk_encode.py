@@ -36,9 +36,9 @@ def topk_encode(
 ) -> tuple[Tensor, Tensor]:
     """x [N, d_in], W [d_sae, d_in], b [d_sae], mask [d_sae] bool -> values [N, k] in x's dtype, indices [N, k] int32.
 
-    Checked arguments of one dtype, float32 or narrower. trims: int32 [1], counts the rows (per chunk of latents) that
-    brought more candidates than their buffer holds and were sorted early; only a measure of speed. Workspace: at most
-    SlabPlan.nbytes of products and 8 k bytes per row of them.
+    Checked arguments of one dtype, float32 or narrower. trims: int32 [1], counts the rows (per chunk of latents) of the
+    slab path that brought more candidates than their buffer holds and were trimmed early; only a measure of speed.
+    Workspace: at most SlabPlan.nbytes of products and 8 k bytes per row of them, nothing where the fused kernel runs.
     """
     values, indices = x.new_empty(x.shape[0], k), x.new_empty(x.shape[0], k, dtype=torch.int32)
     choose(x, W, b, k, activation, mask, values, indices, trims=trims)
