@@ -143,7 +143,7 @@ def _grid(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
 
 
 def _rows(options: argparse.Namespace) -> tuple[Any, Tensor, Tensor, str]:
-    """What `fit` draws from, rows of it in random order to start from, rows to measure the result on, and which those are."""
+    """What `fit` draws from, rows of it in random order to start from, rows to measure it on, and their name."""
     import torch
 
     generator = torch.Generator().manual_seed(options.seed)

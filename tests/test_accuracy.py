@@ -112,7 +112,9 @@ def test_sequences_bring_a_sasrec(tmp_path):
 def test_the_command(tmp_path, capsys, monkeypatch):
     taken = []
     monkeypatch.setattr(accuracy, "run_accuracy", lambda config: taken.append(config) or [])
-    assert experiments.main(["accuracy", "--latents", "8", "16", "--seeds", "3", "--out", str(tmp_path), "--quiet"]) == 0
+    assert (
+        experiments.main(["accuracy", "--latents", "8", "16", "--seeds", "3", "--out", str(tmp_path), "--quiet"]) == 0
+    )
     assert (taken[0].latents, taken[0].seeds, taken[0].out) == ((8, 16), (3,), tmp_path)
     monkeypatch.undo()
     assert experiments.main(["accuracy", "--weights", "w.npz", "--out", str(tmp_path)]) == 2

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from benchmarks.extraction.figures import at_least, at_most, in_turn, middle, ratio
 
 ROOT = Path(__file__).parents[1]

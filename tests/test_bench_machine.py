@@ -16,7 +16,8 @@ def cpuinfo(monkeypatch, text):
 
 
 def test_a_cpu_is_named_by_its_model(monkeypatch):
-    text = "processor : 0\ncpu family\t: 6\nmodel\t\t: 85\nmodel name\t: Xeon Gold 6150 CPU\n\nprocessor : 1\nmodel name : x\n"
+    first = "processor : 0\ncpu family\t: 6\nmodel\t\t: 85\nmodel name\t: Xeon Gold 6150 CPU\n"
+    text = first + "\nprocessor : 1\nmodel name : x\n"
     assert cpuinfo(monkeypatch, text) == "Xeon Gold 6150 CPU, 2 threads"
 
 

@@ -52,7 +52,7 @@ def test_readme_and_plots_follow_the_csv(tmp_path):
 
 
 def test_gpus_have_blocks_of_their_own(tmp_path):
-    """A device is a GPU where our rows are of a GPU's backend; ratios with the unforced row of ours; why one is missing."""
+    """A device is a GPU where our rows are of a GPU's backend; ratios with our unforced row; why one is missing."""
     folder = _results(tmp_path).parent / "chip"
     size = {"rows": 1048576, "d_in": 64, "d_sae": 4096, "k": 32, "dtype": "bfloat16", "device": "Chip"}
     ours = replace(row(p50=4.0, extra_bytes=3 * 2**20, **size), backend="cuda")

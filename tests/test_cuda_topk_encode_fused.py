@@ -38,9 +38,11 @@ def assert_same(got, want):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("activation", range(3))
-@pytest.mark.parametrize("rows, d_in, d_sae, k", [(3, 8, 64, 5), (20, 64, 512, 32), (5, 136, 1088, 64), (2, 256, 192, 128)])
+@pytest.mark.parametrize(
+    "rows, d_in, d_sae, k", [(3, 8, 64, 5), (20, 64, 512, 32), (5, 136, 1088, 64), (2, 256, 192, 128)]
+)
 def test_ties_index_for_index(rows, d_in, d_sae, k, activation, dtype):
-    """One, two and four chunks of depth, one of them not full; with a first bound and without; both sizes of buffers."""
+    """One, two and four chunks of depth, one of them not full; with a first bound or none; both sizes of buffers."""
     x, W, b = small_integers(rows, d_in, d_sae, dtype, seed=activation)
     for shift in (0, 400):  # few or no positive latents: the lowest latents fill up
         got = encode(x, W, b - shift, k, activation, None)

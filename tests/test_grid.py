@@ -110,7 +110,7 @@ def test_the_published_figures():
     assert all(0.1 < k < 1 for k in kept) and len(kept) == 72 * 4
 
 
-@pytest.mark.parametrize("name", ["topk-global", "topk-raw", "topk-abs", "topk-task", "repaired-cosine"])
+@pytest.mark.parametrize("name", [*variants.OURS, "topk-task", "repaired-cosine"])
 def test_every_variant_is_what_it_says(tmp_path, name):
     config = small(tmp_path).filled()
     cell = config.cell(2, 4, 0)
@@ -120,6 +120,7 @@ def test_every_variant_is_what_it_says(tmp_path, name):
     assert sum(ticks) == 30 and not sae.training and (sae.d_sae, sae.k) == (16, 4)
     wanted = {"topk-global": "global", "topk-raw": "none"}.get(name, "standardize")
     assert sae.normalize == wanted and sae.activation == ("abs" if name == "topk-abs" else "relu")
+    assert sae.variant == {"batch-topk": "batch_topk", "jumprelu": "jumprelu"}.get(name, "topk")
     torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(16))
 
 
@@ -223,7 +224,10 @@ def test_the_published_step_is_its_formula():
         ({"k": (32,)}, "--k 32 is more than the 16 latents of --width 2"),
         ({"at": 0}, "--at must be at least 1, got 0"),
         ({"model": "sasrec", "variants": ("topk-task",)}, "--variants of a sasrec must be among topk, topk-global"),
-        ({"model": "sasrec"}, "--variants of a sasrec must be among topk, topk-global, topk-raw, topk-abs"),
+        (
+            {"model": "sasrec"},
+            "--variants of a sasrec must be among topk, topk-global, topk-raw, topk-abs, batch-topk, jumprelu",
+        ),
         ({"weights": "x.npz"}, "--weights are those of a sasrec, got --model multvae"),
         ({"steps": 0}, "--steps must be at least 1, got 0"),
     ],

@@ -147,7 +147,6 @@ def test_mix_liked_is_mix_near_the_favourites():
         steer.mix_liked(LATENTS, 0.4, sae, items[:, 1:])
 
 
-
 @settings(max_examples=40, deadline=None)
 @given(
     st.floats(0, 1), st.integers(1, 8), st.lists(st.integers(0, D - 1), min_size=1, unique=True), st.integers(0, 999)

@@ -115,66 +115,83 @@ def dense_lists(scores, histories, k):
     return top_k(scores.index_put((histories.row_ids(), histories.flat), torch.tensor(-torch.inf)), k)
 
 
-@pytest.mark.parametrize("name", ["elsa", "multvae"])
-def test_methods_against_dense_scores(name):
+def with_goals(name):
+    """A model, its SAE, histories, a ranker, three concepts with a goal per user, and a probe per concept."""
     model, sae, histories, _ = world(name)
     g = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        if name == "multvae":
+    if name == "multvae":
+        with torch.no_grad():
             model.decoder[2].bias.normal_(generator=g)
     labels = torch.rand(30, 3, generator=g) < 0.3
     goals = steer.Goals(["a", "b", "c"], labels, torch.arange(24) % 3)
-    ranker = steer.SteeredRanker(model, sae)
+    return model, sae, histories, steer.SteeredRanker(model, sae), goals, torch.randn(3, 8, generator=g)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("strength", [0.0, 0.4, 1.0])
+@pytest.mark.parametrize("name", ["elsa", "multvae"])
+def test_methods_without_latents_against_dense_scores(name, strength):
+    model, _, histories, ranker, goals, probes = with_goals(name)
     users = ranker.encode(histories)
-    probes = torch.randn(3, 8, generator=g)
     head = (lambda h: h @ model.encoder.items().T) if name == "elsa" else model.decoder
-    latents = [[1], [2, 3], [9, 4, 0]]
-    by_latent = steer.latent_lists(ranker, users, goals, latents, 5)
-    weights = [[1.0], [0.25, 0.5], [3.0, 0.0, 1.0]]
+    length = users.x.norm(dim=1, keepdim=True)
+    unit = torch.nn.functional.normalize(probes, dim=1)[goals.concept]
+    h = (1 - strength) * users.x + strength * length * unit
+    by_probe = steer.probe_lists(ranker, users, goals, probes, 5)
+    assert torch.equal(by_probe(strength), dense_lists(head(h), histories, 5))
+    scores = head(users.x)
+    bonus = strength / (1 - strength) if strength < 1 else 1e4
+    steered = scores + bonus * scores.std(1, correction=0, keepdim=True) * goals.labels[:, goals.concept].T
+    by_tag = steer.rerank_lists(ranker, users, goals, 5)
+    assert torch.equal(by_tag(strength), dense_lists(steered, histories, 5))
+    if name == "multvae":
+        return
+    by_liking = steer.liked_lists(ranker, users, goals, 5, sharpness=3.0)
+    for concept, rows in goals.groups():
+        items = ranker.head.items[goals.labels[:, concept]]
+        liked = torch.nn.functional.normalize(steer.favourites(users.x[rows], items, 3.0), dim=1)
+        h = (1 - strength) * users.x[rows] + strength * length[rows] * liked
+        assert torch.equal(by_liking(strength)[rows], dense_lists(head(h), histories.select(rows), 5))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("strength", [0.0, 0.4, 1.0])
+@pytest.mark.parametrize("name", ["elsa", "multvae"])
+def test_methods_by_latents_against_the_edits(name, strength):
+    _, sae, histories, ranker, goals, _ = with_goals(name)
+    users = ranker.encode(histories)
+    latents, weights = [[1], [2, 3], [9, 4, 0]], [[1.0], [0.25, 0.5], [3.0, 0.0, 1.0]]
+    plain = steer.latent_lists(ranker, users, goals, latents, 5)
     weighted = steer.latent_lists(ranker, users, goals, latents, 5, weights)
     nearby = steer.latent_lists(ranker, users, goals, latents, 5, weights, near="user")
-    by_probe = steer.probe_lists(ranker, users, goals, probes, 5)
-    by_tag = steer.rerank_lists(ranker, users, goals, 5)
-    by_liking = near_liked = None
-    if name == "elsa":
-        by_liking = steer.liked_lists(ranker, users, goals, 5, sharpness=3.0)
-        near_liked = steer.latent_lists(ranker, users, goals, latents, 5, weights, near="liked")
-    with torch.no_grad():
-        for strength in (0.0, 0.4, 1.0):
-            unit = torch.nn.functional.normalize(probes, dim=1)[goals.concept]
-            h = (1 - strength) * users.x + strength * users.x.norm(dim=1, keepdim=True) * unit
-            assert torch.equal(by_probe(strength), dense_lists(head(h), histories, 5))
-            scores = head(users.x)
-            bonus = strength / (1 - strength) if strength < 1 else 1e4
-            wanted = labels[:, goals.concept].T
-            steered = scores + bonus * scores.std(1, correction=0, keepdim=True) * wanted
-            assert torch.equal(by_tag(strength), dense_lists(steered, histories, 5))
-            for concept, rows in goals.groups():
-                mine = ranker.rank(users.select(rows), 5, steer.mix(latents[concept], strength))[0]
-                assert torch.equal(by_latent(strength)[rows], mine)
-                edit = steer.mix(latents[concept], strength, weights[concept])
-                assert torch.equal(weighted(strength)[rows], ranker.rank(users.select(rows), 5, edit)[0])
-                edit = steer.mix_near(latents[concept], strength, sae.W_dec, weights[concept])
-                assert torch.equal(nearby(strength)[rows], ranker.rank(users.select(rows), 5, edit)[0])
-                if name == "elsa":
-                    items = ranker.head.items[labels[:, concept]]
-                    edit = steer.mix_liked(latents[concept], strength, sae, items, weights[concept])
-                    assert torch.equal(near_liked(strength)[rows], ranker.rank(users.select(rows), 5, edit)[0])
-                    liked = torch.nn.functional.normalize(steer.favourites(users.x[rows], items, 3.0), dim=1)
-                    h = (1 - strength) * users.x[rows] + strength * users.x[rows].norm(dim=1, keepdim=True) * liked
-                    mine = dense_lists(head(h), histories.select(rows), 5)
-                    assert torch.equal(by_liking(strength)[rows], mine)
+    for concept, rows in goals.groups():
+        chosen, weight = latents[concept], weights[concept]
+        pairs = [
+            (plain, steer.mix(chosen, strength)),
+            (weighted, steer.mix(chosen, strength, weight)),
+            (nearby, steer.mix_near(chosen, strength, sae.W_dec, weight)),
+        ]
+        if name == "elsa":
+            items = ranker.head.items[goals.labels[:, concept]]
+            near_liked = steer.latent_lists(ranker, users, goals, latents, 5, weights, near="liked")
+            pairs.append((near_liked, steer.mix_liked(chosen, strength, sae, items, weight)))
+        for lists, edit in pairs:
+            assert torch.equal(lists(strength)[rows], ranker.rank(users.select(rows), 5, edit)[0])
+
+
+def test_methods_say_what_is_wrong():
+    _, _, histories, ranker, goals, probes = with_goals("multvae")
+    users, latents = ranker.encode(histories), [[1], [2, 3], [9, 4, 0]]
     with pytest.raises(ValueError, match="strength must be between 0 and 1, got 1.5"):
-        by_tag(1.5)
+        steer.rerank_lists(ranker, users, goals, 5)(1.5)
     with pytest.raises(ValueError, match=r"probes must be \[3 concepts, 8\], got \(3, 7\)"):
         steer.probe_lists(ranker, users, goals, probes[:, :7])
     with pytest.raises(ValueError, match="near must be None, 'user' or 'liked', got True"):
         steer.latent_lists(ranker, users, goals, latents, near=True)
-    if name == "multvae":
-        with pytest.raises(ValueError, match="liked_lists: the head of MultVAE is not linear in the embedding"):
-            steer.liked_lists(ranker, users, goals)
-        with pytest.raises(ValueError, match="the head of MultVAE is not linear"):
-            steer.latent_lists(ranker, users, goals, latents, near="liked")
+    with pytest.raises(ValueError, match="liked_lists: the head of MultVAE is not linear in the embedding"):
+        steer.liked_lists(ranker, users, goals)
+    with pytest.raises(ValueError, match="the head of MultVAE is not linear"):
+        steer.latent_lists(ranker, users, goals, latents, near="liked")
     with pytest.raises(ValueError, match="3 goals and 24 users"):
         steer.rerank_lists(ranker, users, replace(goals, concept=goals.concept[:3]))
 

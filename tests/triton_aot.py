@@ -36,14 +36,25 @@ FIELDS = ("kernel", "configuration", "arch", "registers", "stack", "shared", "in
 
 TYPES = {"slab": "*fp32", "mask": "*u8", "keys": "*i64", "counts": "*i32", "overflows": "*i32", "indices": "*i32"}
 TYPES |= {"marks": "*u8", "weight": "*fp32"}
-TYPES |= {"threshold": "*fp32", "passed": "*i32", "codes": "*bf16", "groups": "*fp32", "names": "*i32", "fills": "*i32", "prefixes": "*i32", "budget_of": "*i32"}
+TYPES |= {
+    "threshold": "*fp32",
+    "passed": "*i32",
+    "codes": "*bf16",
+    "groups": "*fp32",
+    "names": "*i32",
+    "fills": "*i32",
+    "prefixes": "*i32",
+    "budget_of": "*i32",
+}
 TYPES |= dict.fromkeys(("starts", "chunks", "first_slot", "latent_of", "slot_of", "split_latents"), "*i64")
 TYPES |= dict.fromkeys(("order", "begins", "ends"), "*i32")
 LENGTHS = tuple(1 << n for n in range(5, 13))  # of rows, one per bucket of tuning.py
 ROW_LENGTHS = ("d_in", "d_out", "d")
 WIDE = {"fp64": "fp64"}
 # the statistics count in 64 bits what the selection counts in 32
-OF_STATS = dict.fromkeys(("order", "counts", "sums", "last", "rejected", "foreign", "numbers", "table", "position"), "*i64")
+OF_STATS = dict.fromkeys(
+    ("order", "counts", "sums", "last", "rejected", "foreign", "numbers", "table", "position"), "*i64"
+)
 OF_STATS |= {"maximum": "*fp64", "top_values": "*fp64", "top_ids": "*i64", "ids": "*i64", "keys": "*i32"}
 WIDE_DATA = ("parts", "slots", "slots_x", "slot_totals", "scale", "errors", "grad_errors")
 DATA = ("x", "W", "bias", "values", "out", "grad", "rows_of", "weights", "sums", "totals", "dots")

@@ -56,7 +56,9 @@ def options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--tests", type=Path, default=checks.TESTS, help="folder of the tests that come first")
     parser.add_argument("--no-build", action="store_true", help="the native libraries are built already")
     parser.add_argument("--tune", action="store_true", help="time the headline cases alone, then sweep configurations")
-    parser.add_argument("--profile", action="store_true", help="then the time per kernel of the headline cases, also where tests failed")
+    parser.add_argument(
+        "--profile", action="store_true", help="then the time per kernel of the headline cases, also where tests failed"
+    )
     chosen = parser.parse_args(arguments)
     chosen.op = [ALIASES.get(op, op) for op in chosen.op]
     for op in chosen.op:

@@ -30,8 +30,8 @@ GRACE_SECONDS = 8
 
 
 def gates(tests: Path) -> dict[str, list[Path]]:
-    """Gate -> its test files: test_triton_<op>.py, test_cuda_<op>.py and test_gpu_<op>.py, also with more after the op; a
-    test_gpu file of no op belongs to module.
+    """Gate -> its test files: test_triton_<op>.py, test_cuda_<op>.py and test_gpu_<op>.py, also with more after the op;
+    a test_gpu file of no op belongs to module.
     """
     ops = [path.stem for path in (ROOT / "sae_kernels" / "ops").glob("[a-z]*.py")]
     found: dict[str, list[Path]] = {}

@@ -132,9 +132,7 @@ def dense_below(case: Case, device: str) -> int:
     return most
 
 
-def _sweep(
-    subject: Subject, device: str, deadline: float, fields: dict[str, tuple]
-) -> tuple[dict[str, Any], float]:
+def _sweep(subject: Subject, device: str, deadline: float, fields: dict[str, tuple]) -> tuple[dict[str, Any], float]:
     """The fields that beat the plan as it is, and the seconds they take."""
     found: dict[str, Any] = {}
     expected = subject.run()

@@ -150,7 +150,14 @@ def machine(found: Results) -> str:
 
 def gpu_headline(found: Results) -> str:
     """A line per case whose encode was measured on a GPU: ours, the floor, and how many times our time others take."""
-    head = ["rows, d_in, d_sae, k", "encode, ms", "of `F.linear` alone", "linear + relu + topk", "extra MiB", "decode, ms"]
+    head = [
+        "rows, d_in, d_sae, k",
+        "encode, ms",
+        "of `F.linear` alone",
+        "linear + relu + topk",
+        "extra MiB",
+        "decode, ms",
+    ]
     head += ["embedding_bag", "training step, ms", "plain torch", "eai-sparsify", "statistics, of encode"]
     lines = []
     for cell in table.cells(found.rows).values():
@@ -160,10 +167,18 @@ def gpu_headline(found: Results) -> str:
         others = [("sparse_decode", "forward"), ("module", "step"), ("activation_stats", "forward")]
         decode, step, stats = ({r.provider: r for r in reversed(found.sized(*op, mine.cell[2:]))} for op in others)
         encode = {r.provider: r for r in reversed(cell)} | {"sae_kernels": mine}
-        name = f"{mine.rows}, {mine.d_in}, {mine.d_sae}, {mine.k}" + (f" {mine.dtype}" if mine.dtype != "bfloat16" else "")
+        name = f"{mine.rows}, {mine.d_in}, {mine.d_sae}, {mine.k}" + (
+            f" {mine.dtype}" if mine.dtype != "bfloat16" else ""
+        )
         extra = f"{mine.extra_bytes / 2**20:.0f}" if mine.extra_bytes is not None else "-"
         line = [name, _ms(encode), _over(encode, "sae_kernels", "linear", ""), _over(encode, "torch"), extra]
-        line += [_ms(decode), _over(decode, "embedding_bag"), _ms(step), _over(step, "torch"), _over(step, "eai_sparsify")]
+        line += [
+            _ms(decode),
+            _over(decode, "embedding_bag"),
+            _ms(step),
+            _over(step, "torch"),
+            _over(step, "eai_sparsify"),
+        ]
         update = stats.get("sae_kernels")
         same = {"encode": mine, "stats": update if update is not None and update.commit == mine.commit else None}
         share = _over(same, "stats", "encode", "")
@@ -264,7 +279,7 @@ def devices(results: Path, root: Path) -> list[Results]:
 
 
 def render(name: str, found: list[Results]) -> str:
-    """The text of one block, a heading per device where there are several. gpuNAME: block NAME of GPUs, else of CPUs."""
+    """The text of one block, a heading per device where there are several. gpuNAME: block NAME of GPUs, else CPUs."""
     on_gpu = name.startswith("gpu")
     block = BLOCKS.get(name) or BLOCKS.get(name.removeprefix("gpu"))
     if block is None:

@@ -1,5 +1,5 @@
-"""topk_encode in CUDA C++: the kernel of csrc/cuda/topk_fused.cuh, which writes no pre-activations, where the shape lets
-it; else those of topk_select.cuh, around products in slabs that stay in L2.
+"""topk_encode in CUDA C++: the kernel of csrc/cuda/topk_fused.cuh, which writes no pre-activations, where the shape
+lets it; else those of topk_select.cuh, around products in slabs that stay in L2.
 """
 
 from functools import cache
@@ -104,7 +104,7 @@ def fused_layout(
 
 
 def _sample(tiles: int, chunks: int, k: int) -> int:
-    """64 maxima over a share of the latents bound 1.4 k / share of them, for k up to 32; for a larger k they bound little.
+    """64 maxima over a share of the latents bound 1.4 k / share of them, for k up to 32; for a larger k little.
 
     A second product of all latents costs less than full buffers where rows are short, of an H200's measured times.
     """

@@ -115,8 +115,8 @@ def _parser() -> argparse.ArgumentParser:
     grid.add_argument("--epochs", type=int, help="passes over the users while training it (by model and data)")
     grid.add_argument("--weights", type=Path, metavar="FILE", help="a published SASRec (.npz) in place of one's own")
     grid.add_argument("--variants", nargs="+", metavar="NAME", default=["topk", "published-l2", "published-cosine"],
-                      help="topk, topk-global, topk-raw, topk-abs; topk-task, trained on for what it "
-                      "recommends; published-l2, published-cosine; repaired-l2, repaired-cosine")  # fmt: skip
+                      help="topk, topk-global, topk-raw, topk-abs, batch-topk, jumprelu; topk-task, trained on for "
+                      "what it recommends; published-l2, published-cosine; repaired-l2, repaired-cosine")  # fmt: skip
     grid.add_argument("--k", type=int, nargs="+", default=[8, 16, 32, 64], help="active latents (8 16 32 64)")
     grid.add_argument("--width", type=int, nargs="+", default=[2, 4, 8], help="latents per dimension (2 4 8)")
     grid.add_argument("--seeds", type=int, nargs="+", default=[0], help="of data split, recommender and SAE (0)")

@@ -125,13 +125,13 @@ def train_recommender(model: nn.Module, parts: Parts, config: Any, progress: Cal
     )
 
 
-def new_sae(model: nn.Module, parts: Parts, config: Any, **options: Any) -> TopKSAE:
+def new_sae(model: nn.Module, parts: Parts, config: Any, kind: type[TopKSAE] = TopKSAE, **options: Any) -> TopKSAE:
     """An untrained SAE of config.width * config.d latents about the mean of rows drawn as in training; options: as
-    TopKSAE takes them, before those of config.
+    `kind` takes them, before those of config.
     """
     generator = torch.Generator().manual_seed(config.seed)
     options = {"normalize": config.normalize, **options}
-    sae = TopKSAE(config.d, config.width * config.d, config.k, generator=generator, **options)
+    sae = kind(config.d, config.width * config.d, config.k, generator=generator, **options)
     rows = torch.cat(list(fresh_rows(model, parts, config, 1, STARTED)))
     if options["normalize"] == "global":
         sae.fit_normalizer(rows)

@@ -163,9 +163,7 @@ def _interpret(
     return found, concept_readings(x[kept], sae, shown, users=users, **options)
 
 
-def _write_concepts(
-    found: ConceptMap, readings: list[Reading], titles: Sequence[str], name: str, out: Path
-) -> None:
+def _write_concepts(found: ConceptMap, readings: list[Reading], titles: Sequence[str], name: str, out: Path) -> None:
     print(found.describe())
     columns = {
         f"{one.reading}_{figure}": getattr(one, figure).tolist()

@@ -23,10 +23,10 @@ from ..steer import (
     linear_probes,
     over_represented,
     pareto_front,
+    plots,
     probe_lists,
     rerank_lists,
 )
-from ..steer import plots
 from .stages import K, Parts
 
 FEW, MANY = 10, 50  # latents of a concept: alike, and weighted

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
-from ..nn import TopKSAE
+from ..nn import BatchTopKSAE, JumpReLUSAE, TopKSAE
 from ..ops import sparse_decode
 from . import stages
 from .stages import Parts
@@ -21,6 +21,8 @@ OURS = {
     "topk-global": {"normalize": "global"},
     "topk-raw": {"normalize": "none"},
     "topk-abs": {"activation": "abs"},
+    "batch-topk": {"kind": BatchTopKSAE},  # k on average over the rows
+    "jumprelu": {"kind": JumpReLUSAE},
 }
 TASK = "topk-task"  # "topk", then trained on for what it recommends
 TASK_SHARE, TASK_LR, TASK_FVU = 0.1, 3e-4, 5.0  # of the steps; and the weight of FVU beside a cross-entropy in nats

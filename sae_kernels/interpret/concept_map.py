@@ -252,9 +252,7 @@ def _intervals(values, indices, labels, items, scores, by, min_support, resample
     return ends
 
 
-def supported(
-    op: str, concepts: Concepts, items: Tensor, min_support: int
-) -> tuple[Tensor, list[str], dict[str, str]]:
+def supported(op: str, concepts: Concepts, items: Tensor, min_support: int) -> tuple[Tensor, list[str], dict[str, str]]:
     labels = concepts.labels[items]
     support, rows = labels.sum(0).tolist(), len(items)
     left_out = {}

@@ -68,7 +68,9 @@ def batch_topk_encode(
     _checks.integer("batch_topk_encode", "max_active", max_active, 1, W_enc.shape[0])
     run = _BatchTopKEncode.apply if _checks.needs_grad(x, W_enc, b_enc) else _BatchTopKEncode.forward
     flat = x.reshape(-1, x.shape[-1])
-    values, indices, counts, threshold = run(flat, W_enc, b_enc, k, max_active, activation, latent_mask, backends(x.device))
+    values, indices, counts, threshold = run(
+        flat, W_enc, b_enc, k, max_active, activation, latent_mask, backends(x.device)
+    )
     shape = (*x.shape[:-1], max_active)
     return values.reshape(shape).to(x_dtype), indices.reshape(shape), counts.reshape(shape[:-1]), threshold
 

@@ -81,8 +81,8 @@ def sparse_decode(values: Tensor, indices: Tensor, W_dec: Tensor, b_dec: Tensor 
 
 
 def backends(device: torch.device, row_bytes: int) -> tuple[str, str]:
-    """Of the forward kernel and of the gradients, each the faster on a GPU: an H200 gathered rows of 128 bytes 1.7 times
-    as fast by CUDA C++, longer ones 1.5 times as fast by Triton.
+    """Of the forward kernel and of the gradients, each the faster on a GPU: an H200 gathered rows of 128 bytes 1.7
+    times as fast by CUDA C++, longer ones 1.5 times as fast by Triton.
     """
     return pick(device, on_cuda="cuda" if row_bytes <= 128 else "triton"), pick(device)
 
