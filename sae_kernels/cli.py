@@ -145,6 +145,9 @@ def _add_demo(commands) -> None:
     sae.add_argument(
         "--normalize", choices=cli_train.NORMALIZERS, default="standardize", help="input normaliser (standardize)"
     )
+    sae.add_argument(
+        "--refit", type=int, default=4, metavar="N", help="steps that fit a code's values to the input (4)"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, metavar="DIR", help="where the run is written (runs/demo-<model>)")
     parser.add_argument("--resume", action="store_true", help="go on with the interrupted run in --out")

@@ -56,6 +56,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--normalize", choices=NORMALIZERS, default="standardize", help="input normaliser (standardize)"
     )
+    parser.add_argument(
+        "--refit",
+        type=int,
+        default=0,
+        metavar="N",
+        help="steps that fit a code's values to the input, after training (0)",
+    )
     parser.add_argument("--steps", type=int, default=5000)
     parser.add_argument("--batch-size", type=int, default=1024, help="rows per step, of all processes (1024)")
     parser.add_argument("--lr", type=float, default=1e-3)
@@ -182,12 +189,13 @@ def _new_sae(known: Tensor, values: dict[str, Any], options: argparse.Namespace,
         raise ValueError(f"--shard-latents is for the variant topk, got --variant {options.variant}")
     d_in = known.shape[1]
     sizes = (d_in, values["width"] * d_in, values["k"])
+    settings = {"normalize": options.normalize, "refit": options.refit}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(options.seed)
         if ranks.shard is None:
-            sae = modules.VARIANTS[options.variant](*sizes, normalize=options.normalize)
+            sae = modules.VARIANTS[options.variant](*sizes, **settings)
         else:
-            sae = modules.ShardedTopKSAE(*sizes, normalize=options.normalize, shard_group=ranks.shard)
+            sae = modules.ShardedTopKSAE(*sizes, **settings, shard_group=ranks.shard)
         if options.normalize == "global":
             sae.fit_normalizer(known)
         sae.init_b_dec(known[:SAMPLE])

@@ -46,10 +46,10 @@ def shrunk(grids):
 
 def test_a_line_per_recommender_and_variant(ran):
     config, lines = ran
-    published = ["topk", "published-l2", "published-cosine"]
+    published = ["topk", "topk-refit", "published-l2", "published-cosine"]
     assert [(line.name, line.variant) for line in lines] == [
         ("ELSA 8", "topk"),
-        ("ELSA 8", "topk-task"),
+        ("ELSA 8", "topk-refit"),
         *(("MULTVAE 4", variant) for variant in published),
         *(("MULTVAE 8", variant) for variant in published),
     ]
@@ -106,7 +106,7 @@ def test_what_does_not_go_together(options, message):
 
 def test_sequences_bring_a_sasrec(tmp_path):
     (*_, one) = AccuracyConfig(sequences=tmp_path, latents=(8,), out=tmp_path).grids()
-    assert (one.model, one.at, one.variants, one.data) == ("sasrec", 10, ("topk",), tmp_path)
+    assert (one.model, one.at, one.variants, one.data) == ("sasrec", 10, ("topk", "topk-refit"), tmp_path)
 
 
 def test_the_command(tmp_path, capsys, monkeypatch):

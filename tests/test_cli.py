@@ -92,6 +92,18 @@ def test_train_a_variant(tmp_path, acts, capsys, variant):
     assert 0 < json.loads(capsys.readouterr().out)["l0"] < sae.max_active
 
 
+def test_refitting_is_of_reading_alone(tmp_path, acts, capsys):
+    saes, figures = [], []
+    for steps in ("0", "4"):
+        out = tmp_path / steps
+        assert cli.main(["train", str(acts), "--out", str(out), "--refit", steps, *SMALL]) == 0
+        saes.append(load_sae(out))
+        assert cli.main(["eval", str(out), str(acts), "--quiet"]) == 0
+        figures.append(json.loads(capsys.readouterr().out))
+    assert torch.equal(saes[0].W_enc, saes[1].W_enc) and saes[1].refit == 4
+    assert figures[1]["fvu"] < figures[0]["fvu"]
+
+
 def test_seed_and_normaliser_change_the_weights(tmp_path, acts):
     weights = []
     for place, extra in enumerate(([], ["--seed", "1"], ["--normalize", "global"], ["--lr", "0.01"])):

@@ -225,12 +225,23 @@ def test_every_normaliser(tmp_path, normalize):
     assert load_sae(tmp_path / "run" / "sae").normalize == normalize
 
 
+def test_refitted_values_come_closer(tmp_path):
+    given = {"epochs": 2, "steps": 30, "simulate": (200, 80, 4)}
+    fvu = {}
+    for steps in (0, 4):
+        results = run_demo(small(tmp_path / str(steps), refit=steps, **given))
+        fvu[steps], sae = results["fvu"], load_sae(tmp_path / str(steps) / "run" / "sae")
+        assert sae.refit == steps
+    assert fvu[4] < 0.95 * fvu[0]
+
+
 def test_what_the_demo_refuses(tmp_path):
     write_csv(tmp_path / "log.csv", simulate(60, 40, 4, seed=1), time=False)
     file = {"interactions": tmp_path / "log.csv", "user_col": "who", "item_col": "what"}
     refused = [
         ({"model": "svd"}, "--model must be one of elsa, multvae, sasrec, got 'svd'"),
         ({"steps": 0}, "--steps must be at least 1, got 0"),
+        ({"refit": -1}, "--refit must be at least 0, got -1"),
         ({"k": 999}, "--k 999 is more than the 128 latents of --width 4"),
         ({"user_col": "who"}, "go with --interactions"),
         ({"interactions": tmp_path / "log.csv"}, "needs --user-col and --item-col"),

@@ -51,6 +51,9 @@ def _selection(rank, size):
             mine = sharded.loss(x).code.to_dense()
             dist.all_reduce(mine)
             assert torch.equal(mine, whole.loss(x).code.to_dense())
+        whole.refit = sharded.refit = 3
+        wanted, code = whole.encode(x), sharded.encode(x)
+        torch.testing.assert_close(code.to_dense(), wanted.to_dense(), rtol=1e-4, atol=1e-4)
     x = activations(50)
     x[3, 2] = float("nan")
     wanted, code = whole.encode(x), sharded.encode(x)

@@ -13,10 +13,9 @@ from . import papers
 from .grid import Bar, CellResult, GridConfig, run_grid
 from .grid_page import FEW_DEAD, spread, table
 from .report import STYLE, plot, section
-from .variants import TASK
 
 FIGURES = ("base_ndcg", "kept", "fvu", "cosine", "norm_ratio", "l0", "dead_share")
-PUBLISHED = ("published-l2", "published-cosine")
+OURS, PUBLISHED = ("topk", "topk-refit"), ("published-l2", "published-cosine")
 
 
 @dataclass(frozen=True)
@@ -44,13 +43,13 @@ class AccuracyConfig:
         if not self.latents or len(set(self.latents)) < len(self.latents):
             raise ValueError(f"--latents must name at least one size, each once, got {self.latents}")
         same = {"k": (self.k,), "width": (self.width,), "seeds": self.seeds, "steps": self.steps, "quiet": self.quiet}
-        grids = [GridConfig("elsa", self.data, variants=("topk", TASK), out=self.out / "elsa", **same)]
+        grids = [GridConfig("elsa", self.data, variants=OURS, out=self.out / "elsa", **same)]
         for d in self.latents:
             out = self.out / f"multvae-{d}"
-            grids.append(GridConfig("multvae", self.data, d, variants=("topk", *PUBLISHED), out=out, **same))
+            grids.append(GridConfig("multvae", self.data, d, variants=(*OURS, *PUBLISHED), out=out, **same))
         if self.sequences is not None:
             # lists of 10, as sequence models are scored
-            given = {"weights": self.weights, "variants": ("topk",), "at": 10, "out": self.out / "sasrec"}
+            given = {"weights": self.weights, "variants": OURS, "at": 10, "out": self.out / "sasrec"}
             grids.append(GridConfig("sasrec", self.sequences, **given, **same))
         return [grid.filled() for grid in grids]
 

@@ -44,6 +44,7 @@ class DemoConfig:
     k: int | None = None
     steps: int | None = None
     normalize: str = "standardize"
+    refit: int = stages.REFIT
     seed: int = 0
     out: Path | None = None
     resume: bool = False
@@ -71,6 +72,8 @@ class DemoConfig:
         for name in ("d", "epochs", "width", "k", "steps"):
             if getattr(config, name) < 1:
                 raise ValueError(f"--{name} must be at least 1, got {getattr(config, name)}")
+        if config.refit < 0:
+            raise ValueError(f"--refit must be at least 0, got {config.refit}")
         if config.k > config.width * config.d:
             raise ValueError(
                 f"--k {config.k} is more than the {config.width * config.d} latents of --width {config.width}"
@@ -172,7 +175,7 @@ def _recommender(run: Run, parts: Parts) -> nn.Module:
 
 def _train_sae(run: Run, model: nn.Module, parts: Parts) -> tuple[TopKSAE, list[dict[str, float]]]:
     config = run.config
-    sae, path = stages.new_sae(model, parts, config), config.out / "sae"
+    sae, path = stages.new_sae(model, parts, config, refit=config.refit), config.out / "sae"
     with run.stage("sae"):
         result = stages.train_sae(
             sae,

@@ -21,7 +21,7 @@ from . import stages
 from .demo import DemoConfig
 from .grid_page import write_grid_page
 from .stages import Parts
-from .variants import OURS, VARIANTS, train_variant
+from .variants import PUBLISHED, REFITTED, VARIANTS, train_variant
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class GridConfig:
     d: int | None = None
     epochs: int | None = None
     weights: Path | None = None
-    variants: tuple[str, ...] = ("topk", "published-l2", "published-cosine")
+    variants: tuple[str, ...] | None = None
     k: tuple[int, ...] = (8, 16, 32, 64)
     width: tuple[int, ...] = (2, 4, 8)
     seeds: tuple[int, ...] = (0,)
@@ -50,6 +50,9 @@ class GridConfig:
 
     def filled(self) -> "GridConfig":
         """With defaults in place of None. Raises ValueError naming what is out of range."""
+        if self.variants is None:
+            published = () if self.model == "sasrec" else ("published-l2", "published-cosine")
+            return replace(self, variants=("topk", "topk-refit", *published)).filled()
         for name in ("variants", "k", "width", "seeds"):
             values = getattr(self, name)
             if not values or len(set(values)) < len(values):
@@ -59,8 +62,9 @@ class GridConfig:
             raise ValueError(f"--variants must be among {', '.join(VARIANTS)}, got {', '.join(unknown)}")
         if self.weights is not None and self.model != "sasrec":
             raise ValueError(f"--weights are those of a sasrec, got --model {self.model}")
-        if self.model == "sasrec" and not set(self.variants) <= set(OURS):
-            raise ValueError(f"--variants of a sasrec must be among {', '.join(OURS)}; the others are not made for it")
+        if self.model == "sasrec" and set(self.variants) & set(PUBLISHED):
+            others = ", ".join(name for name in VARIANTS if name not in PUBLISHED)
+            raise ValueError(f"--variants of a sasrec must be among {others}; the others are not made for it")
         if self.at < 1:
             raise ValueError(f"--at must be at least 1, got {self.at}")
         model = _published_sasrec(self.weights) if self.weights is not None else None
@@ -89,7 +93,8 @@ class GridConfig:
 
 @dataclass(frozen=True)
 class CellResult:
-    """One line of cells.csv. kept: ndcg over base_ndcg; seconds: of training and evaluating this cell."""
+    """One line of cells.csv. kept: ndcg over base_ndcg; seconds: of this cell, without training where the SAE is the
+    one of the cell before."""
 
     variant: str
     width: int
@@ -139,8 +144,12 @@ def run_grid(config: GridConfig, bar: "Bar | None" = None) -> list[CellResult]:
                 continue
             model, parts = _recommender(config, seed, bar)
             base = stages.ranking(model, parts, k=config.at)
-            for _, variant, width, k in todo:
-                one = _run_cell(config, model, parts, base, (variant, width, k, seed), bar)
+            saes = Saes(config, model, parts, bar)
+            # cells of one SAE after each other
+            for _, variant, width, k in sorted(
+                todo, key=lambda cell: (cell[2:], REFITTED.get(cell[1], cell[1]), cell[1])
+            ):
+                one = _run_cell(config, saes, base, (variant, width, k, seed))
                 results[one.place] = one
                 _write_cells(results.values(), config.out / "cells.csv")
     chosen = [results[(*cell[1:], cell[0])] for cell in wanted]
@@ -219,11 +228,30 @@ def _published_sasrec(path: Path) -> SASRec:
     return SASRec.from_state(dict(numpy.load(path, allow_pickle=False)))
 
 
-def _run_cell(config, model: nn.Module, parts: Parts, base: dict[str, float], place: tuple, bar: "Bar") -> CellResult:
+class Saes:
+    """The SAE of a cell, trained unless the last one asked for was the same: cells may differ in reading it alone."""
+
+    def __init__(self, config: GridConfig, model: nn.Module, parts: Parts, bar: "Bar") -> None:
+        self.config, self.model, self.parts, self.bar = config, model, parts, bar
+        self._place, self._sae = None, None
+
+    def get(self, variant: str, width: int, k: int, seed: int) -> TopKSAE:
+        place = (REFITTED.get(variant, variant), width, k, seed)
+        self.bar.say(f"{variant} {width}x k={k} seed {seed}")
+        if place == self._place:
+            self.bar.update(self.config.steps)
+        else:
+            cell = self.config.cell(width, k, seed)
+            self._sae = train_variant(place[0], self.model, self.parts, cell, self.bar.update)
+            self._place = place
+        self._sae.refit = stages.REFIT if variant in REFITTED else 0
+        return self._sae
+
+
+def _run_cell(config: GridConfig, saes: Saes, base: dict[str, float], place: tuple) -> CellResult:
     variant, width, k, seed = place
-    started, cell = time.perf_counter(), config.cell(width, k, seed)
-    bar.say(f"{variant} {width}x k={k} seed {seed}")
-    sae: TopKSAE = train_variant(variant, model, parts, cell, bar.update)
+    model, parts, started = saes.model, saes.parts, time.perf_counter()
+    sae, cell = saes.get(*place), config.cell(width, k, seed)
     spliced = stages.ranking(model, parts, sae, k=config.at)
     figures = stages.reconstruction(model, sae, parts.test.inputs).compute()
     norm = stages.norm_ratio(model, sae, parts.test.inputs)

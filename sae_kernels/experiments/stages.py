@@ -33,7 +33,8 @@ ROWS = 1024  # rows of one SAE step
 KEEP = (0.2, 1.0)  # the share of a history that a random sub-history keeps
 STARTED = 16  # batches of rows whose mean an SAE starts from
 COUNTED = 64  # batches on which it is counted how often each latent fires
-LR, DECAY = 3e-3, 0.5  # of the SAE, tuned on goodbooks10k
+REFIT = 4  # steps in which a trained SAE fits the values of its code
+LR, DECAY = 2e-3, 0.9  # of the SAE: faster, or flat for longer, more latents of MultVAE and SASRec die
 POSITIONS = 60_000  # positions of sequences on which latents are compared with concepts
 
 

@@ -82,3 +82,13 @@ def _centred(x: Tensor, layer_norm: bool) -> tuple[Tensor, Tensor, Tensor]:
     inverse = torch.where(alive, 1 / torch.where(alive, scale, 1), 0)
     normalised = centred * inverse if centred.requires_grad else centred.mul_(inverse)
     return normalised, mean, torch.where(alive, scale, 0)
+
+
+def geometric_median(rows: Tensor, steps: int = 64) -> Tensor:
+    """Weiszfeld's iteration on rows [N, d]."""
+    centre = rows.mean(0)
+    floor = torch.finfo(rows.dtype).eps * rows.abs().max().clamp(min=1)
+    for _ in range(steps):
+        pull = 1 / (rows - centre).norm(dim=-1).clamp(min=floor)
+        centre = pull @ rows / pull.sum()
+    return centre

@@ -63,17 +63,13 @@ class ShardedTopKSAE(TopKSAE):
     def encode(self, x: Tensor) -> SparseCode:
         self._check_input(x)
         normalized, offset, scale = self.normalizer(x)
-        values, indices = super()._choose(normalized.to(self.W_enc.dtype))
+        normalized = normalized.to(self.W_enc.dtype)
+        values, indices = super()._choose(normalized)
         values, indices = (t.reshape(-1, self.k) for t in (values.detach(), indices + self.first))
         order = self._strongest(self._scores(values), self.k)
-        values, indices = (self._gathered(t).gather(-1, order) for t in (values, indices))
-        return SparseCode(
-            values.to(x.dtype).reshape(*x.shape[:-1], self.k),
-            indices.reshape(*x.shape[:-1], self.k),
-            self.d_sae,
-            offset,
-            scale,
-        )
+        whole = (self._gathered(t).gather(-1, order).reshape(*x.shape[:-1], self.k) for t in (values, indices))
+        values, indices = self._fitted(normalized, *whole)
+        return SparseCode(values.to(x.dtype), indices, self.d_sae, offset, scale)
 
     def loss(self, x: Tensor, weight: Tensor | None = None) -> SAELoss:
         out = super().loss(x, weight)
@@ -85,6 +81,11 @@ class ShardedTopKSAE(TopKSAE):
         part = sparse_decode(torch.where(mine, values, 0), torch.where(mine, here, 0), self.W_dec, None)
         y = summed(part, self.shard_group)
         return y if b_dec is None else y + b_dec
+
+    def _products(self, y: Tensor, indices: Tensor) -> Tensor:
+        here = indices - self.first
+        mine = (here >= 0) & (here < self.W_dec.shape[0])
+        return summed(torch.where(mine, super()._products(y, torch.where(mine, here, 0)), 0), self.shard_group)
 
     def _choose(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The chosen slots whose latents are here, by their number here; the others hold value 0."""
