@@ -1,15 +1,10 @@
 """Refitted values: against least squares in float64, what they leave alone, and as a property of every SAE."""
 
-import copy
-
 import pytest
 import torch
 
-import sae_kernels as sk
 from sae_kernels.hooks import attach
 from sae_kernels.nn import BatchTopKSAE, JumpReLUSAE, TopKSAE
-from sae_kernels.nn.refit import refitted
-from sae_kernels.ops.sparse_decode import code_products, sparse_decode
 from sae_kernels.train import load_sae, save_sae
 
 D_IN, D_SAE, K = 24, 80, 6
@@ -69,24 +64,6 @@ def test_every_step_comes_closer_in_every_row():
     for before, after in zip(errors, errors[1:], strict=False):
         assert (after <= before * (1 + 1e-12)).all()
     assert errors[4].sum() < errors[0].sum() * 0.9
-
-
-@pytest.mark.parametrize("dtype, share", [(torch.float32, 1e-5), (torch.bfloat16, 0.01), (torch.float16, 1e-3)])
-def test_narrow_types_come_as_close(dtype, share):
-    """The error after 4 steps, as a share of what float64 gains in them from the same code on."""
-    sae, x = make(dtype=dtype, activation="none"), rows(dtype=dtype)
-    plain, wide = sae.encode(x), copy.deepcopy(sae).double()
-    sae.refit = 4
-    code = sae.encode(x)
-    assert code.values.dtype == dtype
-    W, b, z = wide.W_dec.detach(), wide.b_dec.detach(), x.double()
-    decode, products = (lambda v, i: sparse_decode(v, i, W)), (lambda y, i: code_products(y, i, W))
-    exact = refitted(z - b, plain.values.double(), plain.indices, decode, products, 4, "none")
-    start, wanted, found = (
-        (sparse_decode(values.double(), indices, W, b) - z).square().sum()
-        for values, indices in ((plain.values, plain.indices), exact, (code.values, code.indices))
-    )
-    assert wanted < 0.9 * start and abs(found - wanted) < share * (start - wanted)
 
 
 def test_slots_that_do_not_fire_stay_silent():
@@ -161,17 +138,6 @@ def test_under_compile_and_autocast():
         assert error(sae, x).sum() < error(make(dtype=torch.float32), x).sum()
 
 
-def test_products_are_the_gradient_of_the_values():
-    g = torch.Generator().manual_seed(0)
-    y, W = torch.randn(7, D_IN, generator=g), torch.randn(D_SAE, D_IN, generator=g)
-    indices = torch.randint(D_SAE, (7, 5), generator=g, dtype=torch.int32)
-    torch.testing.assert_close(code_products(y, indices, W), (y @ W.T).gather(1, indices.long()))
-    with sk.backend("reference"):
-        torch.testing.assert_close(code_products(y, indices, W), (y @ W.T).gather(1, indices.long()))
-    with pytest.raises(ValueError, match="indices must be in"):
-        code_products(y, indices + D_SAE, W)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_many_steps_do_no_harm(dtype):
     sae, x = make(dtype=dtype, activation="none"), rows(dtype=dtype)
@@ -179,18 +145,6 @@ def test_many_steps_do_no_harm(dtype):
     wanted = sae(x)
     sae.refit = 300
     torch.testing.assert_close(sae(x), wanted, rtol=1e-3, atol=1e-3)
-
-
-def test_a_start_at_the_fit_stays_there():
-    g = torch.Generator().manual_seed(0)
-    W, indices = torch.randn(D_SAE, D_IN, generator=g).double(), torch.stack([torch.randperm(D_SAE)[:4]] * 3)
-    values = torch.tensor([[4.0, 3.0, 2.0, 1.0]] * 3, dtype=torch.float64)
-    x = sparse_decode(values, indices, W)
-    decode, products = (lambda v, i: sparse_decode(v, i, W)), (lambda y, i: code_products(y, i, W))
-    for steps in (1, 9):
-        fit, at = refitted(x, values, indices, decode, products, steps, "relu")
-        torch.testing.assert_close(fit, values)
-        assert torch.equal(at, indices)
 
 
 @pytest.mark.parametrize("refit", [-1, 1.5, True])

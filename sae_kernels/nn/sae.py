@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,8 +11,8 @@ from torch import Tensor, nn
 from ..ops import _autocast, _checks, sparse_decode, topk_encode
 from ..ops.fired import fired
 from ..ops.reference import accumulator
+from ..ops.refit_values import refit_values
 from ..ops.sae_loss import autoencoder_loss, has_autoencoder_loss
-from ..ops.sparse_decode import code_products
 from ..ops.topk_encode import ACTIVATIONS
 from .code import SparseCode
 from .constrain import ConstraintHandle, normalize_rows_, project_rows_
@@ -240,11 +239,10 @@ class TopKSAE(nn.Module):
     def _fitted(self, x: Tensor, values: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
         if not self.refit:
             return values, indices
-        decode = partial(self._decoded, b_dec=None)
-        return refitted(x - self.b_dec, values, indices, decode, self._products, self.refit, self.activation)
+        return refitted(x - self.b_dec, values, indices, self._fit_values, self.activation)
 
-    def _products(self, y: Tensor, indices: Tensor) -> Tensor:
-        return code_products(y, indices, self.W_dec.detach())
+    def _fit_values(self, x: Tensor, values: Tensor, indices: Tensor) -> Tensor:
+        return refit_values(x, values, indices, self.W_dec, self.refit)
 
     def _choose_to_train(self, x: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Values, indices [N, width], and how many latents fire per row [N], of which a penalty may want gradients."""

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from ..ops import sparse_decode, topk_encode
+from ..ops.refit_values import conjugate_gradients
+from ..ops.sparse_decode import code_products
 from .code import SparseCode
 from .group import summed
 from .loss import SAELoss, squared_error
@@ -82,10 +85,16 @@ class ShardedTopKSAE(TopKSAE):
         y = summed(part, self.shard_group)
         return y if b_dec is None else y + b_dec
 
+    def _fit_values(self, x: Tensor, values: Tensor, indices: Tensor) -> Tensor:
+        decode = partial(self._decoded, b_dec=None)
+        return conjugate_gradients(x, values, indices, decode, self._products, self.refit)
+
     def _products(self, y: Tensor, indices: Tensor) -> Tensor:
+        """y . W_dec[index] of the whole's latents [N, k]."""
         here = indices - self.first
         mine = (here >= 0) & (here < self.W_dec.shape[0])
-        return summed(torch.where(mine, super()._products(y, torch.where(mine, here, 0)), 0), self.shard_group)
+        found = code_products(y, torch.where(mine, here, 0), self.W_dec)
+        return summed(torch.where(mine, found, 0), self.shard_group)
 
     def _choose(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The chosen slots whose latents are here, by their number here; the others hold value 0."""
