@@ -1,34 +1,11 @@
 """Which latents fire, against a loop over the entries; by the backend of this machine, by CUDA and by Triton."""
 
-import os
-
-import cuda_library
 import pytest
 import torch
+from kernel_device import KERNELS, on_all, on_kernels
 
-import sae_kernels as sk
-from sae_kernels import _native
 from sae_kernels.ops import _rows
 from sae_kernels.ops.fired import fired
-
-ON_GPU = torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1"
-KERNELS = ["cuda", *(["triton"] if ON_GPU or os.environ.get("TRITON_INTERPRET") == "1" else [])]
-
-
-@pytest.fixture
-def device(request, monkeypatch):
-    """Of the backend that the test names."""
-    if request.param == "cuda":
-        cuda_library.load()
-        if cuda_library.DEVICE == "cpu":
-            monkeypatch.setattr(_native, "cuda_error", None)
-            monkeypatch.setattr(_native, "cuda_runs_on", "cpu")
-    with sk.backend(request.param):
-        yield cuda_library.DEVICE if request.param == "cuda" else "cuda" if ON_GPU else "cpu"
-
-
-on_all = pytest.mark.parametrize("device", ["auto", *KERNELS], indirect=True)
-on_kernels = pytest.mark.parametrize("device", KERNELS, indirect=True)
 
 
 def by_hand(values, indices, d_sae, weight=None):

@@ -26,7 +26,7 @@ def run(*args, **environment):
     "name",
     [
         *("triton_topk_encode", "triton_threshold_encode", "triton_sparse_decode", "triton_sae_loss"),
-        *("triton_activation_stats", "gpu_graphs", "gpu_firings"),
+        *("triton_activation_stats", "gpu_graphs", "gpu_firings", "gpu_refit"),
     ],
 )
 def test_kernels_in_the_interpreter(name):
