@@ -11,7 +11,7 @@ from .._need import need
 from .._plots import MUTED, PALETTE, figure
 from . import papers
 from .grid import Bar, CellResult, GridConfig, run_grid
-from .grid_page import FEW_DEAD, spread, table
+from .grid_page import FEW_DEAD, REFIT_NOTE, spread, table
 from .report import STYLE, plot, section
 
 FIGURES = ("base_ndcg", "kept", "fvu", "cosine", "norm_ratio", "l0", "dead_share")
@@ -115,7 +115,8 @@ def render(lines: list[Line], config: AccuracyConfig) -> str:
         f"<h1>{escape(title)}</h1><p class='lead'>{escape(lead)}</p>",
         section(
             "Accuracy kept",
-            "nDCG on held-out users with the SAE in place, as a share of nDCG without it; bars: standard deviation.",
+            "nDCG on held-out users with the SAE in place, as a share of nDCG without it; bars: standard deviation. "
+            + REFIT_NOTE,
             plot(_figure(lines)),
         ),
         section(

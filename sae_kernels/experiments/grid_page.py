@@ -9,11 +9,16 @@ from .._need import need
 from .._plots import MUTED, PALETTE, figure
 from . import papers
 from .report import STYLE, plot, section
+from .variants import REFITTED
 
 if TYPE_CHECKING:
     from .grid import CellResult, GridConfig
 
 FEW_DEAD = 0.02
+REFIT_NOTE = (
+    "A variant that ends in -refit is the same SAE with the same latents chosen, but their values are moved towards the "
+    " least-squares fit of the embedding, since an encoder misjudges latents that overlap."
+)
 
 
 def write_grid_page(results: list["CellResult"], config: "GridConfig", data: str) -> None:
@@ -35,7 +40,8 @@ def render(results: list["CellResult"], config: "GridConfig", data: str) -> str:
         f"<h1>{escape(title)}</h1><p class='lead'>{escape(lead)}</p>",
         section(
             "Accuracy kept",
-            f"nDCG@{config.at} on held-out users with the SAE in place, as a share of nDCG@{config.at} without it.",
+            f"nDCG@{config.at} on held-out users with the SAE in place, as a share of nDCG@{config.at} without it. "
+            + REFIT_NOTE * any(one.variant in REFITTED for one in results),
             plot(_kept_figure(results)),
         ),
         section(
