@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 FEW_DEAD = 0.02
 REFIT_NOTE = (
-    "A variant that ends in -refit is the same SAE with the same latents chosen, but their values are moved towards the "
-    " least-squares fit of the embedding, since an encoder misjudges latents that overlap."
+    "A variant that ends in -refit is the same SAE with the same latents chosen, but their values are moved towards "
+    "the least-squares fit of the embedding, since an encoder misjudges latents that overlap."
 )
 
 
