@@ -26,7 +26,7 @@ from sae_kernels.cli import main
 
 ROOT = Path(__file__).parents[1]
 EVERY = ("topk_encode", "sparse_decode", "module", "activation_stats", "threshold_encode", "batch_topk_encode")
-TINY = Case("tiny", 96, 24, 160, 5, ops=(*EVERY, "serving"))
+TINY = Case("tiny", 96, 24, 160, 5, ops=(*EVERY, "refit_values", "serving"))
 CELLS = [(op, mode) for op in TINY.ops for mode in OPS[op]]
 LIMIT = Ceilings(copy=1e10, product=1e11)
 

@@ -15,7 +15,7 @@ class Call(NamedTuple):
 
     topk_encode forward (values, indices) or (dense codes,), backward (dW_enc, db_enc, indices, fires, grad of values);
     sparse_decode forward (y,), backward (dvalues, dW_dec); module forward (x_hat,), step (dW_enc, dW_dec), each
-    [d_sae, d_in]; activation_stats (counts, sum, max).
+    [d_sae, d_in]; activation_stats (counts, sum, max); refit_values (values,).
     """
 
     run: Callable[[], Any]

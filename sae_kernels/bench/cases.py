@@ -11,11 +11,13 @@ OPS = {
     "activation_stats": ("forward",),
     "threshold_encode": ("forward",),
     "batch_topk_encode": ("forward",),
+    "refit_values": ("forward",),
     "serving": ("forward",),
     "first_call": ("forward",),
     "import_time": ("import",),
 }
 ALIASES = {"encode": "topk_encode", "decode": "sparse_decode", "statistics": "activation_stats"}
+REFIT_STEPS = 4
 INPUTS = ("random", "sorted", "equal", "negative", "clustered")
 
 
@@ -75,6 +77,10 @@ def _cases() -> dict[str, Case]:
         Case("threshold-sequential", 8192, 64, 4096, 32, ops=thresholds),
         Case("threshold-collaborative", 4096, 256, 8192, 32, ops=thresholds),
         Case("threshold-embeddings", 2048, 1536, 9216, 64, ops=thresholds),
+        # values fitted to the input
+        Case("refit-sequential", 8192, 64, 4096, 32, ops=("refit_values",)),
+        Case("refit-collaborative", 4096, 256, 8192, 32, ops=("refit_values",)),
+        Case("refit-embeddings", 2048, 1536, 9216, 64, ops=("refit_values",)),
         # a stream of sparse codes
         Case("stream", 1048576, 0, 16384, 32, ops=("activation_stats",), quick=True),
         Case("stream-wide", 262144, 0, 131072, 64, ops=("activation_stats",)),
@@ -99,6 +105,7 @@ def flops(op: str, mode: str, case: Case) -> float:
         ("activation_stats", "forward"): 4.0 * case.rows * case.k,
         ("threshold_encode", "forward"): dense,
         ("batch_topk_encode", "forward"): dense,
+        ("refit_values", "forward"): (2 * REFIT_STEPS + 1) * sparse,
         ("serving", "forward"): dense,
         ("first_call", "forward"): dense,
     }.get((op, mode), 0.0)
@@ -117,6 +124,7 @@ def result_bytes(op: str, mode: str, case: Case) -> int:
         ("module", "step"): (2 * weight + case.d_sae + case.d_in) * size,
         ("threshold_encode", "forward"): code * (size + 4),
         ("batch_topk_encode", "forward"): code * (size + 4),
+        ("refit_values", "forward"): code * size,
         ("serving", "forward"): code * (size + 4),
         ("first_call", "forward"): code * (size + 4),
     }.get((op, mode), 0)
@@ -136,6 +144,7 @@ def least_bytes(op: str, mode: str, case: Case) -> int:
         ("activation_stats", "forward"): code,
         ("threshold_encode", "forward"): row + weight,
         ("batch_topk_encode", "forward"): row + weight,
+        ("refit_values", "forward"): row + weight + code,
         ("serving", "forward"): row + weight,
         ("first_call", "forward"): row + weight,
     }.get((op, mode), 0)

@@ -151,6 +151,19 @@ def _stats(w: Workload, result: tuple) -> str | None:
     return _off("sum", total, expected, 1e-4) or _off("max", maximum[seen], top[seen], 1e-6)
 
 
+def _refit(w: Workload, result: tuple) -> str | None:
+    """Most of what least squares gain over the values given, and no more."""
+    rows = _rows(w)
+    x, chosen = w.x[rows].double(), w.W_dec[w.indices[rows].long()].double()
+    best = torch.linalg.lstsq(chosen.mT, x.unsqueeze(-1)).solution.squeeze(-1)
+    start, least, found = (
+        ((values.double().unsqueeze(1) @ chosen).squeeze(1) - x).square().sum(-1)
+        for values in (w.values[rows], best, result[0][rows])
+    )
+    share = ((start - found) / (start - least)).min().item()
+    return None if 0.95 <= share <= 1 + TOLERANCE[w.case.dtype] else f"{share:.1%} of what a fit gains"  # NaN is none
+
+
 _CHECKS = {
     ("topk_encode", "forward"): _encode,
     ("topk_encode", "backward"): _encode_backward,
@@ -161,5 +174,6 @@ _CHECKS = {
     ("activation_stats", "forward"): _stats,
     ("threshold_encode", "forward"): _threshold,
     ("batch_topk_encode", "forward"): _batch_topk,
+    ("refit_values", "forward"): _refit,
     ("linear", "forward"): _linear,
 }

@@ -11,12 +11,13 @@ from torch.nn import functional as F
 
 import sae_kernels as sk
 from sae_kernels.ops._stats_gpu import update_backend
+from sae_kernels.ops.refit_values import refit_values
 from sae_kernels.ops.sparse_decode import backends as decoder_backends
 from sae_kernels.ops.topk_encode import backends as encoder_backends
 
 from . import peers
 from .call import Call, Unsupported, leaf
-from .cases import Case
+from .cases import REFIT_STEPS, Case
 from .workload import Workload
 
 ISAS = ("avx512_bf16", "avx512", "avx2", "generic")
@@ -139,6 +140,11 @@ def _our_batch_topk_encode(w: Workload) -> Call:
     return Call(torch.no_grad()(lambda: sk.batch_topk_encode(x, W, b, k, max_active=slots)), lambda r: r[:2])
 
 
+def _our_refit(w: Workload) -> Call:
+    x, values, indices, W = w.x, w.values, w.indices, w.W_dec
+    return Call(lambda: refit_values(x, values, indices, W, REFIT_STEPS), lambda fit: (fit,))
+
+
 OURS = {
     ("topk_encode", "forward"): _encode(lambda x, W, b, k: sk.topk_encode(x, W, b, k)),
     ("topk_encode", "backward"): _encode_backward(lambda x, W, b, k: sk.topk_encode(x, W, b, k)),
@@ -149,6 +155,7 @@ OURS = {
     ("activation_stats", "forward"): _our_stats,
     ("threshold_encode", "forward"): _our_threshold_encode,
     ("batch_topk_encode", "forward"): _our_batch_topk_encode,
+    ("refit_values", "forward"): _our_refit,
 }
 
 
@@ -295,6 +302,17 @@ def _plain_batch_topk_encode(w: Workload) -> Call:
     return Call(torch.no_grad()(run), lambda codes: (codes,))
 
 
+def _plain_refit(w: Workload) -> Call:
+    """The whole fit, by the normal equations of every row."""
+    x, indices, W, acc = w.x, w.indices, w.W_dec, torch.promote_types(w.dtype, torch.float32)
+
+    def run() -> Tensor:
+        chosen = W[indices.long()].to(acc)
+        return torch.linalg.solve(chosen @ chosen.mT, chosen @ x.to(acc).unsqueeze(-1)).squeeze(-1).to(x.dtype)
+
+    return Call(torch.no_grad()(run), lambda fit: (fit,))
+
+
 TORCH = {
     ("topk_encode", "forward"): _encode(plain_encode),
     ("topk_encode", "backward"): _encode_backward(plain_encode),
@@ -305,6 +323,7 @@ TORCH = {
     ("activation_stats", "forward"): _plain_stats,
     ("threshold_encode", "forward"): _plain_threshold_encode,
     ("batch_topk_encode", "forward"): _plain_batch_topk_encode,
+    ("refit_values", "forward"): _plain_refit,
 }
 COMPILED = {
     ("topk_encode", "forward"): lambda w: _encode(_compiled(plain_encode))(w),

@@ -260,6 +260,7 @@ BLOCKS: dict[str, Callable[[Results], str]] = {
     "module": _comparison("module", "forward"),
     "step": _comparison("module", "step"),
     "statistics": _comparison("activation_stats", "forward"),
+    "refit": _comparison("refit_values", "forward"),
     "serving": _comparison("serving", "forward"),
     "firstcall": _comparison("first_call", "forward"),
     "importtime": _comparison("import_time", "import"),
