@@ -46,7 +46,8 @@ def shrunk(grids):
 
 def test_a_line_per_recommender_and_variant(ran):
     config, lines = ran
-    published = ["topk", "topk-refit", "published-l2", "published-cosine"]
+    losses = [f"published-{loss}{end}" for loss in ("l2", "cosine") for end in ("", "-refit")]
+    published = ["topk", "topk-refit", *losses]
     assert [(line.name, line.variant) for line in lines] == [
         ("ELSA 8", "topk"),
         ("ELSA 8", "topk-refit"),

@@ -208,12 +208,13 @@ def test_the_published_step_is_its_formula():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"variants": ("topk", "gated")}, "--variants must be among topk, .*, got gated"),
+        ({"variants": ("topk", "gated")}, "--variants must be among topk, .*; got gated"),
         ({"variants": ()}, "--variants must name at least one value"),
         ({"k": (2, 2)}, "--k must name at least one value, each once, got 2 2"),
         ({"k": (32,)}, "--k 32 is more than the 16 latents of --width 2"),
         ({"at": 0}, "--at must be at least 1, got 0"),
-        ({"model": "sasrec"}, "--variants of a sasrec must be among topk, .*, batch-topk, jumprelu, topk-refit; the"),
+        ({"model": "sasrec"}, "--variants of a sasrec must be among topk, .*, jumprelu, each also with -refit: others"),
+        ({"variants": ("topk-refit-refit",)}, "each also with -refit; got topk-refit-refit"),
         ({"weights": "x.npz"}, "--weights are those of a sasrec, got --model multvae"),
         ({"steps": 0}, "--steps must be at least 1, got 0"),
     ],

@@ -115,9 +115,9 @@ def _parser() -> argparse.ArgumentParser:
     grid.add_argument("--epochs", type=int, help="passes over the users while training it (by model and data)")
     grid.add_argument("--weights", type=Path, metavar="FILE", help="a published SASRec (.npz) in place of one's own")
     grid.add_argument("--variants", nargs="+", metavar="NAME",
-                      help="topk, topk-refit (the same SAE, values fitted to the input), topk-global, topk-raw, "
-                      "topk-abs, batch-topk, jumprelu; published-l2, published-cosine; repaired-l2, repaired-cosine "
-                      "(topk topk-refit, and but for sasrec published-l2 published-cosine)")  # fmt: skip
+                      help="topk, topk-global, topk-raw, topk-abs, batch-topk, jumprelu; published-l2, "
+                      "published-cosine; repaired-l2, repaired-cosine; each also with -refit: the same SAE, its "
+                      "values fitted to the input (topk topk-refit; but for sasrec the published too)")  # fmt: skip
     grid.add_argument("--k", type=int, nargs="+", default=[8, 16, 32, 64], help="active latents (8 16 32 64)")
     grid.add_argument("--width", type=int, nargs="+", default=[2, 4, 8], help="latents per dimension (2 4 8)")
     grid.add_argument("--seeds", type=int, nargs="+", default=[0], help="of data split, recommender and SAE (0)")

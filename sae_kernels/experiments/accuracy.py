@@ -15,7 +15,8 @@ from .grid_page import FEW_DEAD, REFIT_NOTE, spread, table
 from .report import STYLE, plot, section
 
 FIGURES = ("base_ndcg", "kept", "fvu", "cosine", "norm_ratio", "l0", "dead_share")
-OURS, PUBLISHED = ("topk", "topk-refit"), ("published-l2", "published-cosine")
+OURS = ("topk", "topk-refit")
+PUBLISHED = ("published-l2", "published-l2-refit", "published-cosine", "published-cosine-refit")
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from . import stages
 from .demo import DemoConfig
 from .grid_page import write_grid_page
 from .stages import Parts
-from .variants import PUBLISHED, REFITTED, VARIANTS, train_variant
+from .variants import OURS, REFIT_SUFFIX, TRAINED, train_variant, trained_as
 
 
 @dataclass(frozen=True)
@@ -57,14 +57,14 @@ class GridConfig:
             values = getattr(self, name)
             if not values or len(set(values)) < len(values):
                 raise ValueError(f"--{name} must name at least one value, each once, got {' '.join(map(str, values))}")
-        unknown = [name for name in self.variants if name not in VARIANTS]
+        named, also = {name: trained_as(name) for name in self.variants}, f"each also with {REFIT_SUFFIX}"
+        unknown = [name for name, trained in named.items() if trained not in TRAINED]
         if unknown:
-            raise ValueError(f"--variants must be among {', '.join(VARIANTS)}, got {', '.join(unknown)}")
+            raise ValueError(f"--variants must be among {', '.join(TRAINED)}, {also}; got {', '.join(unknown)}")
         if self.weights is not None and self.model != "sasrec":
             raise ValueError(f"--weights are those of a sasrec, got --model {self.model}")
-        if self.model == "sasrec" and set(self.variants) & set(PUBLISHED):
-            others = ", ".join(name for name in VARIANTS if name not in PUBLISHED)
-            raise ValueError(f"--variants of a sasrec must be among {others}; the others are not made for it")
+        if self.model == "sasrec" and not set(named.values()) <= set(OURS):
+            raise ValueError(f"--variants of a sasrec must be among {', '.join(OURS)}, {also}: others are not for it")
         if self.at < 1:
             raise ValueError(f"--at must be at least 1, got {self.at}")
         model = _published_sasrec(self.weights) if self.weights is not None else None
@@ -146,9 +146,7 @@ def run_grid(config: GridConfig, bar: "Bar | None" = None) -> list[CellResult]:
             base = stages.ranking(model, parts, k=config.at)
             saes = Saes(config, model, parts, bar)
             # cells of one SAE after each other
-            for _, variant, width, k in sorted(
-                todo, key=lambda cell: (cell[2:], REFITTED.get(cell[1], cell[1]), cell[1])
-            ):
+            for _, variant, width, k in sorted(todo, key=lambda cell: (cell[2:], trained_as(cell[1]), cell[1])):
                 one = _run_cell(config, saes, base, (variant, width, k, seed))
                 results[one.place] = one
                 _write_cells(results.values(), config.out / "cells.csv")
@@ -236,7 +234,7 @@ class Saes:
         self._place, self._sae = None, None
 
     def get(self, variant: str, width: int, k: int, seed: int) -> TopKSAE:
-        place = (REFITTED.get(variant, variant), width, k, seed)
+        place = (trained_as(variant), width, k, seed)
         self.bar.say(f"{variant} {width}x k={k} seed {seed}")
         if place == self._place:
             self.bar.update(self.config.steps)
@@ -244,7 +242,7 @@ class Saes:
             cell = self.config.cell(width, k, seed)
             self._sae = train_variant(place[0], self.model, self.parts, cell, self.bar.update)
             self._place = place
-        self._sae.refit = stages.REFIT if variant in REFITTED else 0
+        self._sae.refit = 0 if place[0] == variant else stages.REFIT
         return self._sae
 
 

@@ -9,7 +9,7 @@ from .._need import need
 from .._plots import MUTED, PALETTE, figure
 from . import papers
 from .report import STYLE, plot, section
-from .variants import REFITTED
+from .variants import REFIT_SUFFIX
 
 if TYPE_CHECKING:
     from .grid import CellResult, GridConfig
@@ -41,7 +41,7 @@ def render(results: list["CellResult"], config: "GridConfig", data: str) -> str:
         section(
             "Accuracy kept",
             f"nDCG@{config.at} on held-out users with the SAE in place, as a share of nDCG@{config.at} without it. "
-            + REFIT_NOTE * any(one.variant in REFITTED for one in results),
+            + REFIT_NOTE * any(one.variant.endswith(REFIT_SUFFIX) for one in results),
             plot(_kept_figure(results)),
         ),
         section(

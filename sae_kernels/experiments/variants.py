@@ -23,8 +23,6 @@ OURS = {
     "batch-topk": {"kind": BatchTopKSAE},  # k on average over the rows
     "jumprelu": {"kind": JumpReLUSAE},
 }
-# name -> the variant whose SAE it is, read with stages.REFIT steps towards the least-squares values
-REFITTED = {"topk-refit": "topk"}
 # name -> loss, and the space in which output and batch are compared
 PUBLISHED = {
     "published-l2": ("l2", "mixed"),
@@ -32,8 +30,14 @@ PUBLISHED = {
     "repaired-l2": ("l2", "standardized"),
     "repaired-cosine": ("cosine", "standardized"),
 }
-VARIANTS = (*OURS, *REFITTED, *PUBLISHED)
+TRAINED = (*OURS, *PUBLISHED)
+REFIT_SUFFIX = "-refit"  # of any of them: the same SAE, read with stages.REFIT steps towards the least-squares values
 LR, BETAS, L1 = 3e-4, (0.9, 0.99), 3e-4  # of the published recipe
+
+
+def trained_as(name: str) -> str:
+    """The variant whose SAE a name's is."""
+    return name.removesuffix(REFIT_SUFFIX)
 
 
 def train_variant(name: str, model: nn.Module, parts: Parts, config: Any, tick: Tick) -> TopKSAE:
@@ -41,8 +45,8 @@ def train_variant(name: str, model: nn.Module, parts: Parts, config: Any, tick: 
 
     Raises ValueError for a name that is not trained, and for the published recipe on a sequence model.
     """
-    if name not in (*OURS, *PUBLISHED):
-        raise ValueError(f"variant must be one of {', '.join((*OURS, *PUBLISHED))}, got {name!r}")
+    if name not in TRAINED:
+        raise ValueError(f"variant must be one of {', '.join(TRAINED)}, got {name!r}")
     if name in PUBLISHED and model.positions == "last":
         raise ValueError(f"{name}: a recipe for collaborative autoencoders, not for sequences")
     if name not in PUBLISHED:
