@@ -156,10 +156,10 @@ def _figure(lines: list[Line]) -> Any:
 
 def _table(lines: list[Line]) -> str:
     head = ["recommender", "data", "variant", "base", "kept", "FVU", "cosine", "norm", "L0", "dead", "seeds"]
-    digits = {"base_ndcg": 4, "kept": 3, "fvu": 4, "cosine": 4, "norm_ratio": 2, "l0": 1}
+    digits = {"base_ndcg": 4, "kept": 3, "fvu": 3, "cosine": 3, "norm_ratio": 2, "l0": 1}
     rows = []
     for line in lines:
-        dead = spread([100 * share for share in line.values("dead_share")], 2) + " %"
+        dead = spread([100 * share for share in line.values("dead_share")], 1) + " %"
         marked = f"<b>{dead}</b>" if fmean(line.values("dead_share")) > FEW_DEAD else dead
         figures = [spread(line.values(name), places) for name, places in digits.items()]
         words = [escape(text) for text in (line.name, line.data, line.variant)]
