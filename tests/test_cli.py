@@ -163,7 +163,7 @@ def test_ctrl_c_and_resume(tmp_path, acts):
         "--k",
         "4",
         "--steps",
-        "2000",
+        "600",
         "--batch-size",
         "32",
         "--checkpoint-every",
