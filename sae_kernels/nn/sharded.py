@@ -79,9 +79,8 @@ class ShardedTopKSAE(TopKSAE):
         return out._replace(code=out.code.replace(indices=out.code.indices + self.first))
 
     def _decoded(self, values: Tensor, indices: Tensor, b_dec: Tensor | None) -> Tensor:
-        here = indices - self.first
-        mine = (here >= 0) & (here < self.W_dec.shape[0])
-        part = sparse_decode(torch.where(mine, values, 0), torch.where(mine, here, 0), self.W_dec, None)
+        mine, here = self._here(indices)
+        part = sparse_decode(torch.where(mine, values, 0), here, self.W_dec, None)
         y = summed(part, self.shard_group)
         return y if b_dec is None else y + b_dec
 
@@ -91,10 +90,14 @@ class ShardedTopKSAE(TopKSAE):
 
     def _products(self, y: Tensor, indices: Tensor) -> Tensor:
         """y . W_dec[index] of the whole's latents [N, k]."""
+        mine, here = self._here(indices)
+        return summed(torch.where(mine, code_products(y, here, self.W_dec), 0), self.shard_group)
+
+    def _here(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """Whether a latent of the whole is here, and its number here, 0 where it is not."""
         here = indices - self.first
         mine = (here >= 0) & (here < self.W_dec.shape[0])
-        found = code_products(y, torch.where(mine, here, 0), self.W_dec)
-        return summed(torch.where(mine, found, 0), self.shard_group)
+        return mine, torch.where(mine, here, 0)
 
     def _choose(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The chosen slots whose latents are here, by their number here; the others hold value 0."""
