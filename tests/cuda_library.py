@@ -16,7 +16,7 @@ import torch
 from torch.utils import cpp_extension
 
 from sae_kernels import _native
-from sae_kernels.cuda import activation_stats, sparse_decode, topk_encode  # noqa: F401  the schemas that the library implements
+from sae_kernels.cuda import activation_stats, batch_topk_encode, sparse_decode, topk_encode  # noqa: F401  the schemas
 
 DEVICE = "cuda" if torch.cuda.is_available() and _native.cuda_error is None else "cpu"
 ROOT = Path(__file__).parents[1]

@@ -39,10 +39,13 @@ def assert_same(got, want):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("activation", range(3))
 @pytest.mark.parametrize(
-    "rows, d_in, d_sae, k", [(3, 8, 64, 5), (20, 64, 512, 32), (5, 136, 1088, 64), (2, 256, 192, 128)]
+    "rows, d_in, d_sae, k",
+    [(3, 6, 61, 5), (20, 64, 512, 32), (5, 100, 700, 40), (5, 136, 1088, 64), (2, 256, 192, 128)],
 )
 def test_ties_index_for_index(rows, d_in, d_sae, k, activation, dtype):
-    """One, two and four chunks of depth, one of them not full; with a first bound or none; both sizes of buffers."""
+    """One, two and four chunks of depth, not all of them full; with a first bound or none; both sizes of buffers; tiles
+    that d_sae does not fill.
+    """
     x, W, b = small_integers(rows, d_in, d_sae, dtype, seed=activation)
     for shift in (0, 400):  # few or no positive latents: the lowest latents fill up
         got = encode(x, W, b - shift, k, activation, None)
@@ -90,13 +93,16 @@ def test_nan_and_infinity(activation):
     values, indices = encode(x, W, b, 6, activation, None)
     assert values[1].isnan().all() and indices[1].tolist() == list(range(6))
     assert_same((values[2:], indices[2:]), reference.topk_encode(x[2:], W, b, 6, ACTIVATIONS[activation]))
+    x[1, 3] = torch.inf  # a tile's latents beyond d_sae are infinity times 0
+    W, b, k = W[:150].abs() + 1, b[:150], 100
+    assert_same(encode(x, W, b, k, activation, None), reference.topk_encode(x, W, b, k, ACTIVATIONS[activation]))
 
 
-@pytest.mark.parametrize("stages, sample", [(7, 0), (8, 1), (9, 3), (16, 8)])
-def test_any_number_of_stages_and_of_tiles_in_the_sample(monkeypatch, stages, sample):
-    layout = kernel.FusedLayout(1, stages, sample)
-    monkeypatch.setattr(kernel, "fused_layout", lambda *_: layout)
-    x, W, b = small_integers(20, 200, 512, torch.bfloat16)
+@pytest.mark.parametrize("d_in, stages, sample", [(200, 7, 0), (200, 8, 2), (100, 9, 4), (40, 16, 8), (40, 4, 2)])
+def test_any_number_of_stages_and_of_tiles_in_the_sample(monkeypatch, d_in, stages, sample):
+    layout = kernel.fused_layout
+    monkeypatch.setattr(kernel, "fused_layout", lambda *s: layout(*s)._replace(groups=1, stages=stages, sample=sample))
+    x, W, b = small_integers(20, d_in, 500, torch.bfloat16)
     assert_same(encode(x, W, b, 9, 0, None), reference.topk_encode(x, W, b, 9))
 
 
@@ -127,9 +133,10 @@ def test_the_layout_fits_and_says_where_it_does_not(monkeypatch):
             layout = kernel.fused_layout(torch.bfloat16, d_in, 16384, k, shared, hopper)
             keys = 97 if k <= 64 else 161
             assert 1 <= layout.groups <= (3 if hopper else 256 // d_in) and layout.stages >= d_in // 64 + 3
-            assert 1024 + layout.stages * 8464 + layout.groups * 64 * keys * 8 <= shared
+            assert 1024 + layout.stages * 8720 + layout.groups * 64 * keys * 8 <= shared
             assert layout.sample == ({64: 256, 256: 16}[d_in] if k <= 32 else 0)
-    refused = [(torch.float32, 64, 4096, 32), (torch.bfloat16, 60, 4096, 32), (torch.bfloat16, 264, 4096, 32),
-               (torch.bfloat16, 64, 4100, 32), (torch.bfloat16, 64, 4096, 129)]  # fmt: skip
+            assert layout.image_bytes == 16384 * (2 * d_in + 8)
+    refused = [(torch.float32, 64, 4096, 32), (torch.bfloat16, 61, 4096, 32), (torch.bfloat16, 258, 4096, 32),
+               (torch.bfloat16, 64, 4096, 129)]  # fmt: skip
     assert not any(kernel.fused_layout(*shape, 232448, True) for shape in refused)
     assert kernel.fused_layout(torch.bfloat16, 256, 16384, 128, 101376, False) is None

@@ -21,7 +21,7 @@ NEEDS = {
     "module": ("topk_encode", "sparse_decode", "sae_loss", "module"),
     "activation_stats": ("activation_stats",),
     "threshold_encode": ("threshold_encode",),
-    "batch_topk_encode": ("threshold_encode",),
+    "batch_topk_encode": ("threshold_encode", "batch_topk_encode"),
     "serving": ("topk_encode",),
     "first_call": ("topk_encode",),
 }

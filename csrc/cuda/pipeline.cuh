@@ -36,17 +36,38 @@ struct Barrier {
   }
 };
 
-// 16 bytes; zeros where `inside` is false.
-__device__ __forceinline__ void copy_16(void* to, const void* from, bool inside) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from),
-               "r"(inside ? 16 : 0) : "memory");
+// One warp fills a piece of shared memory: begin_fill, copies, end_fill; `full` then gets kFillers arrivals as soon as
+// all is there, also for tensor cores that read shared memory by themselves. Addresses and bytes are multiples of 16.
+#if __CUDA_ARCH__ >= 900
+constexpr int kFillers = 1;
+__device__ __forceinline__ void begin_fill(Barrier& full, int bytes) {
+  if (threadIdx.x % kWarp == 0)
+    asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(shared_address(&full.state)), "r"(bytes)
+                 : "memory");
+  __syncwarp();
 }
+__device__ __forceinline__ void copy(void* to, const void* from, int bytes, Barrier& full) {
+  if (threadIdx.x % kWarp == 0)
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                     shared_address(to)), "l"(__cvta_generic_to_global(from)), "r"(bytes),
+                 "r"(shared_address(&full.state)) : "memory");
+}
+__device__ __forceinline__ void end_fill(Barrier&) {}
+#else
+constexpr int kFillers = kWarp;
+__device__ __forceinline__ void begin_fill(Barrier&, int) {}
+__device__ __forceinline__ void copy(void* to, const void* from, int bytes, Barrier&) {
+  for (int at = 16 * (threadIdx.x % kWarp); at < bytes; at += 16 * kWarp)
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(static_cast<char*>(to) + at)),
+                 "l"(static_cast<const char*>(from) + at) : "memory");
+}
+__device__ __forceinline__ void end_fill(Barrier& full) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(shared_address(&full.state)) : "memory");
+}
+#endif
 
-// Copies are counted in groups: those of a thread since its last call.
-__device__ __forceinline__ void end_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-// All but the last N groups of this thread are there, also for tensor cores that read shared memory by themselves.
-template <int N> __device__ __forceinline__ void await_copies() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
+// After `init`, before the barrier of the block that lets others see it.
+__device__ __forceinline__ void show_barriers() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 #endif

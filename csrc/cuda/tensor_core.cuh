@@ -82,15 +82,11 @@ __device__ __forceinline__ void give_registers() {
 #endif
 }
 
-// Before the first `multiply` of a tile.
-__device__ __forceinline__ void begin_product(float (&acc)[kAccs]) {
-#if !SK_WGMMA
-#pragma unroll
-  for (float& c : acc) c = 0.0f;
-#endif
-}
+// Products that may run while a warp does other things.
+constexpr int kProductsAhead = SK_WGMMA ? 2 : 1;
 
-// Adds elements 64 CHUNK to 64 CHUNK + 63 of every latent in `tile`, which a barrier has shown to be there.
+// Adds elements 64 CHUNK to 64 CHUNK + 63 of every latent in `tile`, which a barrier has shown to be there; chunk 0
+// begins anew. acc and tile belong to the product until await_products.
 template <class T, int KC> __device__ __forceinline__ void multiply(float (&acc)[kAccs], const RowTile<T, KC>& rows,
                                                                     const unsigned char* tile, int chunk) {
 #if SK_WGMMA
@@ -100,8 +96,12 @@ template <class T, int KC> __device__ __forceinline__ void multiply(float (&acc)
 #pragma unroll
   for (int step = 0; step < 4; ++step)
     Mma<T>::group(acc, rows.at[4 * chunk + step], b + 2 * step, chunk + step > 0);
+  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
 #else
   const int lane = threadIdx.x % kWarp;
+  if (chunk == 0)
+#pragma unroll
+    for (float& c : acc) c = 0.0f;
 #pragma unroll
   for (int step = 0; step < 4; ++step)
 #pragma unroll
@@ -116,10 +116,16 @@ template <class T, int KC> __device__ __forceinline__ void multiply(float (&acc)
 #endif
 }
 
-// After the last `multiply` of a tile: acc may be read, and what was multiplied is no longer.
-__device__ __forceinline__ void end_product(float (&acc)[kAccs]) {
+// All but the last N calls of `multiply` are done.
+template <int N> __device__ __forceinline__ void await_products() {
 #if SK_WGMMA
-  asm volatile("wgmma.commit_group.sync.aligned;\nwgmma.wait_group.sync.aligned 0;" ::: "memory");
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");
+#endif
+}
+// The same, and acc may be read.
+template <int N> __device__ __forceinline__ void await_products(float (&acc)[kAccs]) {
+  await_products<N>();
+#if SK_WGMMA
 #pragma unroll
   for (float& c : acc) asm volatile("" : "+f"(c)::"memory");
 #endif

@@ -1,35 +1,42 @@
 // The k best of every row without pre-activations in memory: a block keeps 64 rows of x per warpgroup in registers and
 // streams all latents past them. Each warp owns 16 rows. What reaches a row's bound goes into the row's buffer in
-// shared memory; a full buffer is cut back to about k keys, and the bound rises to the k-th of them. The first bound is
-// the k-th largest of 64 group maxima over a sample of the latents, which k scores reach: where products are cheap, over
-// all of them, so that hardly a buffer fills. A bound is never above the k-th best score and keys are distinct, so the
-// result is exact and no order of events can change it.
+// shared memory, where each of the row's four lanes has a segment to itself and asks nobody; where one is full, the row
+// is cut back to about k keys, and the bound rises to the k-th of them. The first bound is the k-th largest of 64 group
+// maxima over a sample of the latents, which k scores reach: where products are cheap, over all of them, so that hardly
+// a buffer fills. A bound is never above the k-th best score and keys are distinct, so the result is exact and no order
+// of events can change it.
 //
-// Traffic: x once; the weights once per block, from L2, through shared memory that a warp of its own fills.
+// Traffic: x once; the weights once per block, from L2, through shared memory that a warp of its own fills. Of a warp,
+// 64 latents cost some 250 to 300 instructions beside the product, most of them four for each accumulator: a comparison,
+// two stores and an addition that only what passes carries out.
 #pragma once
 
-#include "cuda/topk_select.cuh"
+#include "cuda/topk_slab.cuh"
 #include "cuda/topk_stream.cuh"
 
 namespace sae_kernels {
 
-// A kept latent as it stands in a buffer: its pre-activation, then the lower half of its key, without the sign.
-__device__ __forceinline__ uint64_t entry_of(float pre, int latent) {
-  return uint64_t(__float_as_uint(pre)) << 32 | (0x7fffffffu - uint32_t(latent)) << 1;
-}
-__device__ __forceinline__ uint64_t key_in(uint64_t entry, bool is_abs) {
-  const float pre = __uint_as_float(uint32_t(entry >> 32));
-  const uint32_t order = is_abs ? order_of<kAbs>(pre) : order_of<kNone>(pre);
-  return uint64_t(order) << 32 | uint32_t(entry) | uint32_t(is_abs && pre < 0);
-}
+// The key of an entry; 0 for what is beyond d_sae, where only infinite or NaN rows bring anything.
+struct KeyOf {
+  bool is_abs;
+  int d_sae;
+  __device__ __forceinline__ explicit KeyOf(const FusedArgs& a) : is_abs(a.activation == kAbs), d_sae(a.d_sae) {}
+  __device__ __forceinline__ uint64_t operator()(uint64_t entry) const {
+    const float pre = __uint_as_float(uint32_t(entry >> 32));
+    const uint32_t order = is_abs ? order_of<kAbs>(pre) : order_of<kNone>(pre);
+    return latent_in(entry) < d_sae ? uint64_t(order) << 32 | uint32_t(entry) | uint32_t(is_abs && pre < 0) : 0;
+  }
+};
 
-__device__ __forceinline__ float score_at(uint32_t order) { return value_in(uint64_t(order) << 32, false); }
-
-// Of both rows that a lane has a part in, l / 4 and l / 4 + 8 of the warp's: all four lanes know the same.
+// Of both rows that a lane has a part in, l / 4 and l / 4 + 8 of the warp's. The row's four lanes know the same bound;
+// each has a segment of the row's buffer to itself.
 struct RowState {
   float bound[2];
-  int count[2], passed[2];
+  int next[2];  // where in dynamic_shared the lane's next key goes, of the upper row less kUpperRow
+  int begin;    // where the lower row's segment begins
+  int passed[2];
 };
+template <int Keys> constexpr int kUpperRow = 8 * kRowKeys<Keys> * int(sizeof(uint64_t));
 
 // Rises the bounds of the warp's rows to the k-th largest of 64 group maxima each.
 __device__ void bound_rows(const FusedArgs& a, float (&best)[kAccs], RowState& rows) {
@@ -54,102 +61,129 @@ __device__ void bound_rows(const FusedArgs& a, float (&best)[kAccs], RowState& r
   }
 }
 
-// Makes room in the buffers of those lower (Half 0) or upper rows whose four lanes are set in `full`.
-template <int Keys, int Half>
-__device__ __forceinline__ void cut_full_rows(const FusedArgs& a, unsigned full, uint64_t* buffers, RowState& rows) {
-  const int lane = threadIdx.x % kWarp, most = min(a.k + kSlack, kLargestFused<Keys>);
-  const bool is_abs = a.activation == kAbs;
-  while (full) {
-    const int quad = (__ffs(full) - 1) / 4;
-    full &= ~(0xfu << 4 * quad);
-    const int n = __shfl_sync(kAllLanes, rows.count[Half], 4 * quad);
-    uint32_t bound;
-    const int kept = cut<Keys>(buffers + (quad + 8 * Half) * kRowKeys<Keys>, n, a.k, most,
-                               [&](uint64_t entry) { return key_in(entry, is_abs); }, bound);
-    if (lane / 4 == quad) {
-      rows.count[Half] = kept;
-      rows.bound[Half] = bound == kNanOrder ? rows.bound[Half] : score_at(bound);
-    }
-  }
-}
-
-// Bit 2 j + e of a row's mask stands for latent 8 j + e of the tile; in acc it is at place_of(row, bit).
-__host__ __device__ constexpr int place_of(int row, int bit) { return bit / 2 * 4 + row * 2 + bit % 2; }
-// acc[place_of(Row, bit)] for bit in First to First + Width - 1. A tree of masks: an index, a choice or a loop would
-// send the registers through local memory.
-template <int Row, int First, int Width>
-__device__ __forceinline__ uint32_t chosen(const float (&acc)[kAccs], int bit) {
-  if constexpr (Width == 1) {
-    return __float_as_uint(acc[place_of(Row, First)]);
-  } else {
-    const uint32_t upper = bit & (Width / 2) ? 0xffffffffu : 0;
-    return (chosen<Row, First, Width / 2>(acc, bit) & ~upper) |
-           (chosen<Row, First + Width / 2, Width / 2>(acc, bit) & upper);
-  }
-}
-
-// Of a lane's bits First to First + Bits - 1 in both rows, those whose scores reach the bounds and pass the limits.
-template <bool General, int First, int Bits> __device__ __forceinline__ void mark_reaching(
-    const FusedArgs& a, const float (&acc)[kAccs], const float* limit, const RowState& rows, unsigned (&mask)[2]) {
-  const bool is_abs = General && a.activation == kAbs, limited = General && a.threshold;
-#pragma unroll
-  for (int row = 0; row < 2; ++row) {
-    unsigned part[2] = {};  // two chains are shorter than one
-#pragma unroll
-    for (int bit = First; bit < First + Bits; ++bit) {
-      const float pre = acc[place_of(row, bit)], score = is_abs ? fabsf(pre) : pre;
-      bool passes = !(score < rows.bound[row]);
-      if (limited) passes &= !(score <= limit[bit - First]);
-      part[bit % 2] |= passes ? 1u << bit : 0;
-    }
-    mask[row] = part[0] | part[1];
-  }
-}
-
-// What reaches the bounds joins the buffers, of a whole tile at once or, where that might not fit, of a half.
-template <int Keys, bool General, int First, int Bits> __device__ __forceinline__ void keep_best(
-    const FusedArgs& a, const float (&acc)[kAccs], const float* limit, int latent, uint64_t* buffers, RowState& rows) {
+// Cuts a row's segments, of the lanes of that quad: entry 8 i + l / 4 of segment l % 4 is the i-th of the warp's lane l.
+template <int Keys, class Read, class To>
+__device__ __forceinline__ int cut_row(const RowState& rows, int quad, int half, uint64_t* buffer, int least, int most,
+                                       Read read, To to, uint32_t& bound) {
   const int lane = threadIdx.x % kWarp;
-  unsigned mask[2];
-  int ahead, total;  // of the lower row, and of the upper one 16 bits higher
-  for (;;) {
-    mark_reaching<General, First, Bits>(a, acc, limit, rows, mask);
-    if (!__any_sync(kAllLanes, mask[0] | mask[1])) return;
-    const int mine = __popc(mask[0]) | __popc(mask[1]) << 16;
-    ahead = mine;
+  const int mine = ((half ? rows.next[1] : rows.next[0]) - rows.begin) / int(sizeof(uint64_t));
+  const int count = __shfl_sync(kAllLanes, mine, 4 * quad + lane % 4);
+  const auto from = [&](int i) {
+    const int at = 8 * i + lane / 4;
+    return at < count ? lane % 4 * kSegment<Keys> + at : -1;
+  };
+  return cut<Keys>(buffer, from, least, most, read, to, bound);
+}
+
+// Makes room in the buffers of those lower (0) or upper (1) rows of which any lane is set in `full`.
+template <int Keys> __device__ __forceinline__ void cut_full_rows(const FusedArgs& a, unsigned (&full)[2],
+                                                                  uint64_t* buffers, RowState& rows) {
+  const int lane = threadIdx.x % kWarp, most = min(a.k + kSlack, kLargestFused<Keys>);
+  while (full[0] | full[1]) {
+    const int half = full[0] ? 0 : 1, quad = (__ffs(half ? full[1] : full[0]) - 1) / 4;
+    const unsigned others = ~(0xfu << 4 * quad);
+    if (half) full[1] &= others;
+    else full[0] &= others;
+    uint32_t bound;
+    const int kept = cut_row<Keys>(rows, quad, half, buffers + (quad + 8 * half) * kRowKeys<Keys>, a.k, most,
+                                   KeyOf(a), [](int j) { return j % 4 * kSegment<Keys> + j / 4; }, bound);
+    if (lane / 4 != quad) continue;
+    const int next = rows.begin + (kept + 3 - lane % 4) / 4 * int(sizeof(uint64_t));
 #pragma unroll
-    for (int step = 1; step < 4; step *= 2) {
-      const int from = __shfl_sync(kAllLanes, ahead, max(lane - step, 0));
-      ahead += lane % 4 >= step ? from : 0;
-    }
-    total = __shfl_sync(kAllLanes, ahead, lane | 3);
-    ahead -= mine;
-    const bool fits[2] = {rows.count[0] + (total & 0xffff) <= Keys * kWarp, rows.count[1] + (total >> 16) <= Keys * kWarp};
-    if (!__any_sync(kAllLanes, !(fits[0] && fits[1]))) break;
-    if constexpr (Bits > kHalfBits) {
-      keep_best<Keys, General, 0, kHalfBits>(a, acc, limit, latent, buffers, rows);
-      keep_best<Keys, General, kHalfBits, kHalfBits>(a, acc, limit, latent, buffers, rows);
-      return;
-    } else {
-      const unsigned full[2] = {__ballot_sync(kAllLanes, !fits[0]), __ballot_sync(kAllLanes, !fits[1])};
-      cut_full_rows<Keys, 0>(a, full[0], buffers, rows);
-      cut_full_rows<Keys, 1>(a, full[1], buffers, rows);
+    for (int h = 0; h < 2; ++h) {
+      if (h != half) continue;
+      rows.next[h] = next;
+      if (bound != kNanOrder) rows.bound[h] = score_at(bound);
     }
   }
-  int place[2];
+}
+
+// In a row, bit 2 j + e stands for latent 8 j + e of the tile; in acc it is at place_of(row, bit).
+__host__ __device__ constexpr int place_of(int row, int bit) { return bit / 2 * 4 + row * 2 + bit % 2; }
+
+// A lane's numbers of a line of 64 latents: two for each eight.
+struct LineOfLane {
+  Pack<float, 4> at[kAccs / 8];
+  __device__ __forceinline__ void load(const float* line) {
 #pragma unroll
-  for (int row = 0; row < 2; ++row) {
-    place[row] = (lane / 4 + 8 * row) * kRowKeys<Keys> + rows.count[row] + (ahead >> 16 * row & 0xffff);
-    rows.count[row] += total >> 16 * row & 0xffff;
+    for (int i = 0; i < kAccs / 8; ++i) at[i] = load_pack<4>(line + 16 * i + 4 * (threadIdx.x % 4));
   }
-  while (mask[0] | mask[1]) {
-    const int bit[2] = {__ffs(mask[0]) - 1, __ffs(mask[1]) - 1};
-    const uint32_t pre[2] = {chosen<0, First, Bits>(acc, bit[0]), chosen<1, First, Bits>(acc, bit[1])};
+  __device__ __forceinline__ float of(int bit) const { return at[bit / 4].at[bit % 4]; }
+};
+
+// What a lane has of half a tile, bits First to First + kHalfBits - 1 of both rows.
+template <int Keys, bool General, int First> struct HalfTile {
+  const FusedArgs& a;
+  const float (&acc)[kAccs];
+  const LineOfLane& limits;
+  int latent;  // of bit 0
+
+  __device__ __forceinline__ int latent_of(int bit) const { return latent + bit / 2 * 8 + bit % 2; }
+  __device__ __forceinline__ float score(int row, int bit) const {
+    const float pre = acc[place_of(row, bit)];
+    return General && a.activation == kAbs ? fabsf(pre) : pre;
+  }
+  __device__ __forceinline__ bool above_limit(int row, int bit) const {
+    return !(score(row, bit) <= limits.of(bit));  // NaN is
+  }
+  __device__ __forceinline__ bool passes(const RowState& rows, int row, int bit) const {
+    const bool reaches = !(score(row, bit) < rows.bound[row]);
+    if constexpr (General) return reaches & above_limit(row, bit);
+    else return reaches;
+  }
+  // Whether it fits the segments; else full[row] has the lanes where it does not.
+  __device__ __forceinline__ bool fits(const RowState& rows, unsigned (&full)[2]) const {
+    constexpr int kBytes = sizeof(uint64_t);
+    const int end = rows.begin + kSegment<Keys> * kBytes;
+    if (!__any_sync(kAllLanes, max(rows.next[0], rows.next[1]) > end - kHalfBits * kBytes)) return true;
+    int after[2] = {rows.next[0], rows.next[1]};
 #pragma unroll
-    for (int row = 0; row < 2; ++row) {
-      if (mask[row]) buffers[place[row]++] = entry_of(__uint_as_float(pre[row]), latent + bit[row] / 2 * 8 + bit[row] % 2);
-      mask[row] &= mask[row] - 1;
+    for (int i = 0; i < 2 * kHalfBits; ++i)
+      if (passes(rows, i / kHalfBits, First + i % kHalfBits)) after[i / kHalfBits] += kBytes;
+#pragma unroll
+    for (int row = 0; row < 2; ++row) full[row] = __ballot_sync(kAllLanes, after[row] > end);
+    return !(full[0] | full[1]);
+  }
+  // What passes joins the segments. Straight on, without a branch or a word to the other lanes: as long as some of a
+  // thousand accumulators pass in each tile, no jump over the others pays.
+  __device__ __forceinline__ void join(RowState& rows) const {
+    unsigned char* pool = dynamic_shared();
+#pragma unroll
+    for (int bit = First; bit < First + kHalfBits; ++bit)
+#pragma unroll
+      for (int row = 0; row < 2; ++row) {
+        if (!passes(rows, row, bit)) continue;
+        auto* at = reinterpret_cast<uint32_t*>(pool + rows.next[row] + row * kUpperRow<Keys>);
+        at[0] = low_half_of(latent_of(bit));  // two stores: for one, registers would have to be brought together
+        at[1] = __float_as_uint(acc[place_of(row, bit)]);
+        rows.next[row] += sizeof(uint64_t);
+      }
+    if constexpr (!General) return;
+    if (!a.passed) return;
+    const bool whole = (latent | (kTileLatents - 1)) < a.d_sae;
+#pragma unroll
+    for (int i = 0; i < 2 * kHalfBits; ++i) {
+      const int row = i / kHalfBits, bit = First + i % kHalfBits;
+      if (above_limit(row, bit)) rows.passed[row] += whole || latent_of(bit) < a.d_sae;
     }
+  }
+};
+
+// The best of a tile join the buffers, half by half; `latent` is the lane's first one.
+template <int Keys, bool General>
+__device__ __forceinline__ void keep_best(const FusedArgs& a, const float (&acc)[kAccs], const LineOfLane& limits,
+                                          int latent, uint64_t* buffers, RowState& rows) {
+  for (int done = 0;;) {
+    unsigned full[2] = {};
+    if (done == 0) {
+      const HalfTile<Keys, General, 0> half{a, acc, limits, latent};
+      if (half.fits(rows, full)) half.join(rows), done = 1;
+    }
+    if (done == 1) {
+      const HalfTile<Keys, General, kHalfBits> half{a, acc, limits, latent};
+      if (half.fits(rows, full)) return half.join(rows);
+    }
+    cut_full_rows<Keys>(a, full, buffers, rows);
   }
 }
 
@@ -171,23 +205,19 @@ __device__ __forceinline__ void fill_up(const FusedArgs& a, uint64_t* buffer, in
 }
 
 // The end of one row: its k best keys, in order.
-template <int Keys> __device__ void finish_row(const FusedArgs& a, int64_t row, uint64_t* buffer, int n) {
+template <int Keys> __device__ void finish_row(const FusedArgs& a, const RowState& rows, int quad, int half,
+                                               int64_t row, uint64_t* buffer) {
   const int lane = threadIdx.x % kWarp;
   const bool is_abs = a.activation == kAbs;
-  const auto read = [&](uint64_t entry) { return key_in(entry, is_abs); };
-  __syncwarp();
-  if (n >= a.k && a.k <= kWarp && Keys == 3) {
-    uint64_t key[Keys];
-#pragma unroll
-    for (int i = 0; i < Keys; ++i) key[i] = lane + i * kWarp < n ? read(buffer[lane + i * kWarp]) : 0;
+  const KeyOf read(a);
+  uint32_t bound;
+  const int n = cut_row<Keys>(rows, quad, half, buffer, a.k, a.k, read, [](int j) { return j; }, bound);
+  if (n == a.k && a.k <= kWarp) {
+    uint64_t key[1] = {lane < n ? read(buffer[lane]) : 0};
     sort_warp(key);
-#pragma unroll
-    for (int i = 1; i < Keys; ++i) key[0] = merge_warp(key[0], key[i]);
     if (lane < a.k) write_code(a.values, a.indices, a.dtype, row * a.k + lane, key[0], is_abs);
     return;
   }
-  uint32_t bound;
-  if (n > a.k) n = cut<Keys>(buffer, n, a.k, a.k, read, bound);
   for (int at = lane; at < n; at += kWarp) buffer[at] = read(buffer[at]);
   __syncwarp();
   if (n < a.k) fill_up(a, buffer, n);
@@ -195,102 +225,118 @@ template <int Keys> __device__ void finish_row(const FusedArgs& a, int64_t row, 
   for (int j = lane; j < a.k; j += kWarp) write_code(a.values, a.indices, a.dtype, row * a.k + j, buffer[j], is_abs);
 }
 
-// The next tile's pre-activations of the warp's rows; returns the first latent of this lane in it.
-template <class T, int KC>
-__device__ __forceinline__ int next_tile(const FusedArgs& a, const FusedShared& shared, const RowTile<T, KC>& x,
-                                         Stream& stream, float (&acc)[kAccs]) {
-  const int column = 2 * (threadIdx.x % 4), latent = stream.tile * kTileLatents + column;
-  int began = stream.stage;
-  begin_product(acc);
+// A tile whose product runs: the lane's first latent, and the first stage that is not given back yet.
+struct TileAhead { int latent, stage; };
+
+// Tiles whose products run at once: two where there are registers for it.
+template <int KC, bool General> constexpr int kTilesAhead = KC == 1 || (KC == 2 && !General) ? kProductsAhead : 1;
+
+__device__ __forceinline__ void give_back(const FusedArgs& a, const FusedShared& shared, int stage) {
+  if (threadIdx.x % kWarp == 0) shared.empty[stage < a.stages ? stage : stage - a.stages].arrive();
+}
+
+// Starts the product of the next tile.
+template <class T, int KC, bool General> __device__ __forceinline__ TileAhead start_tile(
+    const FusedArgs& a, const FusedShared& shared, const RowTile<T, KC>& x, Stream& stream, float (&acc)[kAccs]) {
+  TileAhead ahead{stream.tile * kTileLatents + 2 * int(threadIdx.x % 4), stream.stage};
 #pragma unroll
   for (int chunk = 0; chunk < KC; ++chunk) {
     shared.full[stream.stage].wait(stream.round % 2);
     multiply(acc, x, shared.tiles + stream.stage * kTileBytes, chunk);
     stream.next_stage(a);
+    if (kTilesAhead<KC, General> > 1 || chunk == 0) continue;
+    await_products<1>();
+    __syncwarp();  // of all lanes
+    give_back(a, shared, ahead.stage);
+    if (++ahead.stage == a.stages) ahead.stage = 0;
   }
-  const float* from = shared.bias + began * kTileLatents + column;
-  Pack<float, 2> bias[kTileLatents / 8];
-#pragma unroll
-  for (int j = 0; j < kTileLatents / 8; ++j) bias[j] = load_pack<2>(from + 8 * j);
   stream.next_tile(a);
-  end_product(acc);
-#pragma unroll
-  for (int i = 0; i < kAccs; ++i) acc[i] += bias[i / 4].at[i % 2];
-  __syncwarp();  // all lanes have read the tile
-  for (int chunk = 0; chunk < KC; ++chunk) {
-    if (threadIdx.x % kWarp == 0) shared.empty[began].arrive();
-    if (++began == a.stages) began = 0;
-  }
-  return latent;
+  return ahead;
 }
 
-// Half a tile with thresholds or magnitudes: counts what is above its threshold, and keeps the best of that.
-template <int Keys, int First> __device__ __forceinline__ void keep_passing(
-    const FusedArgs& a, const float (&acc)[kAccs], int latent, uint64_t* buffers, RowState& rows) {
-  float limit[kHalfBits];
+// Its pre-activations, where no more than `Later` products were started after it.
+template <int KC, bool General, int Later> __device__ __forceinline__ void finish_tile(
+    const FusedArgs& a, const FusedShared& shared, TileAhead ahead, float (&acc)[kAccs], LineOfLane& limits) {
+  constexpr int kHeld = kTilesAhead<KC, General> > 1 ? KC : 1;  // stages
+  const int last = ahead.stage + kHeld - 1, stage = last < a.stages ? last : last - a.stages;
+  const float* lines = shared.lines + stage * 2 * kTileLatents;
+  await_products<Later>(acc);
+  LineOfLane bias;
+  bias.load(lines);
+  if constexpr (General) limits.load(lines + kTileLatents);
 #pragma unroll
-  for (int i = 0; i < kHalfBits; ++i) {
-    const int bit = First + i;
-    limit[i] = a.threshold ? a.threshold[int64_t(latent + bit / 2 * 8 + bit % 2) * a.threshold_step] : 0.0f;
-  }
-  if (a.threshold) {
+  for (int i = 0; i < kAccs; ++i) acc[i] += bias.of(i / 4 * 2 + i % 2);
+  __syncwarp();  // all lanes have read the lines
 #pragma unroll
-    for (int i = 0; i < 2 * kHalfBits; ++i) {
-      const float pre = acc[place_of(i / kHalfBits, First + i % kHalfBits)];
-      rows.passed[i / kHalfBits] += !((a.activation == kAbs ? fabsf(pre) : pre) <= limit[i % kHalfBits]);
+  for (int held = 0; held < kHeld; ++held) give_back(a, shared, ahead.stage + held);
+}
+
+// Calls use(acc, limits, the lane's first latent) for the tiles up to step `end`.
+template <bool General, class T, int KC, class F> __device__ __forceinline__ void over_tiles(
+    const FusedArgs& a, const FusedShared& shared, const RowTile<T, KC>& x, Stream& stream, int end, F&& use) {
+  LineOfLane limits;
+  while (stream.step < end) {
+    if constexpr (kTilesAhead<KC, General> > 1) {
+      float one[kAccs], other[kAccs];
+      const TileAhead first = start_tile<T, KC, General>(a, shared, x, stream, one);
+      const TileAhead second = start_tile<T, KC, General>(a, shared, x, stream, other);
+      finish_tile<KC, General, KC>(a, shared, first, one, limits);
+      use(one, limits, first.latent);
+      finish_tile<KC, General, 0>(a, shared, second, other, limits);
+      use(other, limits, second.latent);
+    } else {
+      float acc[kAccs];
+      const TileAhead tile = start_tile<T, KC, General>(a, shared, x, stream, acc);
+      finish_tile<KC, General, 0>(a, shared, tile, acc, limits);
+      use(acc, limits, tile.latent);
     }
   }
-  keep_best<Keys, true, First, kHalfBits>(a, acc, limit, latent, buffers, rows);
 }
 
 // One warp over all latents.
 template <class T, int KC, int Keys, bool General> __device__ void select_rows_of_warp(
     const FusedArgs& a, const FusedShared& shared, int64_t first_row, uint64_t* buffers) {
-  constexpr float kInfinity = __builtin_huge_valf(), kLeast = 1.401298464e-45f;
+  constexpr float kInfinity = __builtin_huge_valf(), kLeast = 1.401298464e-45f, kLowest = -3.402823466e38f;
   const int lane = threadIdx.x % kWarp;
   const bool is_abs = General && a.activation == kAbs;
   RowTile<T, KC> x;
   x.load(static_cast<const T*>(a.x), first_row, a.rows, a.d_in);
   RowState rows{};
+  const uint64_t* segment = buffers + lane / 4 * kRowKeys<Keys> + lane % 4 * kSegment<Keys>;
+  rows.begin = int(reinterpret_cast<const unsigned char*>(segment) - dynamic_shared());
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const bool live = first_row + lane / 4 + 8 * half < a.rows;
-    rows.bound[half] = !live ? kInfinity : a.activation == kNone ? -kInfinity : kLeast;
+    // where scores are lower still, the lowest latents fill up
+    rows.bound[half] = !live ? kInfinity : a.activation == kNone ? kLowest : kLeast;
+    rows.next[half] = rows.begin;
   }
-  float acc[kAccs] = {};
   Stream stream(a);
   if (a.sample > 0) {
     float best[kAccs];
 #pragma unroll
     for (float& b : best) b = -kInfinity;
-    while (stream.step < a.sample) {
-      next_tile(a, shared, x, stream, acc);
+    over_tiles<General>(a, shared, x, stream, a.sample, [&](const float(&acc)[kAccs], const LineOfLane&, int) {
 #pragma unroll
       for (int i = 0; i < kAccs; ++i) best[i] = fmaxf(best[i], is_abs ? fabsf(acc[i]) : acc[i]);
-    }
+    });
     bound_rows(a, best, rows);
   }
-  for (const int steps = Stream::steps(a); stream.step < steps;) {
-    const int latent = next_tile(a, shared, x, stream, acc);
-    if constexpr (General) {
-      keep_passing<Keys, 0>(a, acc, latent, buffers, rows);
-      keep_passing<Keys, kHalfBits>(a, acc, latent, buffers, rows);
-    } else {
-      keep_best<Keys, false, 0, 2 * kHalfBits>(a, acc, nullptr, latent, buffers, rows);
-    }
-  }
-#pragma unroll
+  over_tiles<General>(a, shared, x, stream, Stream::steps(a),
+                      [&](const float(&acc)[kAccs], const LineOfLane& limits, int latent) {
+                        keep_best<Keys, General>(a, acc, limits, latent, buffers, rows);
+                      });
+#pragma unroll 1
   for (int half = 0; half < 2; ++half) {
     if (General && a.passed) {
-      const int passed = team_sum(rows.passed[half], 4);
+      const int passed = team_sum(half ? rows.passed[1] : rows.passed[0], 4);
       const int64_t row = first_row + lane / 4 + 8 * half;
       if (lane % 4 == 0 && row < a.rows) a.passed[row] = passed;
     }
 #pragma unroll 1
     for (int quad = 0; quad < kWarpRows / 2; ++quad) {
       const int64_t row = first_row + quad + 8 * half;
-      const int n = __shfl_sync(kAllLanes, rows.count[half], 4 * quad);
-      if (row < a.rows) finish_row<Keys>(a, row, buffers + (quad + 8 * half) * kRowKeys<Keys>, n);
+      if (row < a.rows) finish_row<Keys>(a, rows, quad, half, row, buffers + (quad + 8 * half) * kRowKeys<Keys>);
     }
   }
 }
@@ -301,11 +347,12 @@ __global__ void __launch_bounds__(fused_threads(kMostGroups<KC>), 1) topk_encode
   const FusedShared shared(a.stages);
   const int warp = __shfl_sync(kAllLanes, int(threadIdx.x / kWarp), 0), workers = blockDim.x / kWarp - kGroupWarps;
   if (threadIdx.x == 0)
-    for (int s = 0; s < a.stages; ++s) shared.full[s].init(kWarp), shared.empty[s].init(workers);
+    for (int s = 0; s < a.stages; ++s) shared.full[s].init(kFillers), shared.empty[s].init(workers);
+  show_barriers();
   __syncthreads();
   if (warp >= workers) {
     give_registers();
-    if (warp == workers) stream_weights<T, KC>(a, shared);
+    if (warp == workers) stream_weights<KC, General>(a, shared);
   } else {
     take_registers();
     select_rows_of_warp<T, KC, Keys, General>(

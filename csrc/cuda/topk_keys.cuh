@@ -34,6 +34,15 @@ __device__ __forceinline__ float value_in(uint64_t key, bool is_abs) {
   return is_abs && (key & 1) ? -score : score;
 }
 
+__device__ __forceinline__ float score_at(uint32_t order) { return value_in(uint64_t(order) << 32, false); }
+
+// A latent that may be among the best as it stands in a buffer: the lower half of its key, without the sign; above it,
+// its pre-activation.
+__device__ __forceinline__ uint32_t low_half_of(int latent) { return (0x7fffffffu - uint32_t(latent)) << 1; }
+__device__ __forceinline__ uint64_t entry_of(float pre, int latent) {
+  return uint64_t(__float_as_uint(pre)) << 32 | low_half_of(latent);
+}
+
 template <class T> __device__ __forceinline__ void put(void* out, int64_t at, float value) {
   from_acc(value, static_cast<T*>(out)[at]);
 }
@@ -74,19 +83,21 @@ __device__ __forceinline__ uint32_t warp_bound(const uint32_t (&of)[N], int leas
   return low;
 }
 
-// Cuts a buffer of n entries down to at most `most`, `least` of them the best; read(entry) is an entry's key. Returns
-// how many are left, in any order; `bound` is the order of a score that all of them reach. The whole warp calls.
-template <int Keys, class Read>
-__device__ __forceinline__ int cut(uint64_t* buffer, int n, int least, int most, Read read, uint32_t& bound) {
+// Cuts a warp's buffer down to at most `most` entries, `least` of them the best. from(i): where the lane's i-th entry
+// stands, or -1; read(entry): its key; to(j): where the j-th of those that stay is put. Returns how many stay, in any
+// order; `bound` is the order of a score that all of them reach. The whole warp calls.
+template <int Keys, class From, class Read, class To>
+__device__ __forceinline__ int cut(uint64_t* buffer, From from, int least, int most, Read read, To to,
+                                   uint32_t& bound) {
   const int lane = threadIdx.x % kWarp;
   uint64_t entry[Keys];
   uint32_t order[Keys];
   __syncwarp();
 #pragma unroll
   for (int i = 0; i < Keys; ++i) {
-    const int at = i * kWarp + lane;
-    entry[i] = at < n ? buffer[at] : 0;
-    order[i] = at < n ? order_in(read(entry[i])) : 0;
+    const int at = from(i);
+    entry[i] = at >= 0 ? buffer[at] : 0;
+    order[i] = at >= 0 ? order_in(read(entry[i])) : 0;
   }
   int reach;
   bound = warp_bound(order, least, most, reach);
@@ -106,7 +117,7 @@ __device__ __forceinline__ int cut(uint64_t* buffer, int n, int least, int most,
 #pragma unroll
   for (int i = 0; i < Keys; ++i) {
     const unsigned votes = __ballot_sync(kAllLanes, order[i] >= bound);
-    if (order[i] >= bound) buffer[kept + __popc(votes & ((1u << lane) - 1))] = entry[i];
+    if (order[i] >= bound) buffer[to(kept + __popc(votes & ((1u << lane) - 1)))] = entry[i];
     kept += __popc(votes);
   }
   __syncwarp();

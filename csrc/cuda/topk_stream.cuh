@@ -1,5 +1,5 @@
-// The stream of weights of topk_fused.cuh: how a block's shared memory is laid out, in which order the tiles of latents
-// come, and the warp that fetches them.
+// The stream of weights of topk_fused.cuh: how they lie in memory and in a block's shared memory, in which order the
+// tiles of latents come, and the warp that fetches them.
 #pragma once
 
 #include "cuda/dynamic_shared.cuh"
@@ -9,53 +9,97 @@
 namespace sae_kernels {
 
 struct FusedArgs {
-  const void* x;    // [rows, d_in], d_in a multiple of 8
-  const void* W;    // [d_sae, d_in], d_sae a multiple of 64
-  const float* bias;       // [d_sae] or null
-  const float* threshold;  // as in SelectArgs of topk_select.cuh
-  int32_t* passed;         // [rows], or null: of those above their threshold
-  void* values;            // [rows, k]
-  int32_t* indices;        // [rows, k]
+  const void* x;               // [rows, d_in], d_in even
+  const unsigned char* image;  // of the weights and biases, from arrange_weights
+  int32_t* passed;             // [rows], or null: how many are above their limits
+  void* values;                // [rows, k]
+  int32_t* indices;            // [rows, k]
   int64_t rows;
-  int d_in, k, threshold_step, activation;
+  int d_in, d_sae, k, activation;
   int stages;          // chunks of weights in shared memory
-  int tiles;           // d_sae / 64
-  int sample, stride;  // tiles that the first bound is taken from, 0 for none, and the way from one to the next
+  int tiles;           // of 64 latents, an even number; those beyond d_sae are never chosen
+  int sample, stride;  // tiles that the first bound is taken from, an even number, and the way from one to the next
   Out dtype;
 };
 
 constexpr int kGroupWarps = 4, kWarpRows = 16, kGroupRows = kGroupWarps * kWarpRows;
 // Warpgroups whose registers hold rows: three where they can be dealt out, fewer where rows of 256 leave too few.
 template <int KC> constexpr int kMostGroups = SK_WGMMA ? 3 : KC == 4 ? 1 : 2;
-constexpr int kHalfBits = kAccs / 4, kHalfLatents = kTileLatents / 2;  // of half a tile: a lane's in a row, a row's
-constexpr int kBiasBytes = kTileLatents * sizeof(float);
-constexpr int kInFlight = 3;  // chunks of weights on their way; a tile's chunks beside them must fit the stages
+constexpr int kLineBytes = kTileLatents * sizeof(float);  // of a tile's biases, and of its limits
+constexpr int kFewestStages = 4;  // two tiles of two chunks, held until both are looked through
 constexpr int fused_threads(int groups) { return (groups + 1) * kGroupWarps * kWarp; }
-// A row's buffer and one key more, so that rows begin at different banks.
-template <int Keys> constexpr int kRowKeys = Keys * kWarp + 1;
-// The largest k that leaves room for half a tile beside k and the slack of a cut.
-template <int Keys> constexpr int kLargestFused = Keys * kWarp - kHalfLatents;
+constexpr int kHalfBits = kAccs / 4;  // of half a tile, what a lane has of a row
+// A row's buffer: a segment for each of the row's four lanes. One key more lets rows begin at different banks.
+template <int Keys> constexpr int kSegment = 8 * Keys;
+template <int Keys> constexpr int kRowKeys = 4 * kSegment<Keys> + 1;
+// What a cut leaves at most, so that half a tile fits each segment; also the largest k.
+template <int Keys> constexpr int kLargestFused = 4 * (kSegment<Keys> - kHalfBits);
 template <int Keys> constexpr int64_t fused_bytes(int groups, int stages) {
-  return 1024 + int64_t(stages) * (kTileBytes + kBiasBytes + 2 * sizeof(Barrier)) +
+  return 1024 + int64_t(stages) * (kTileBytes + 2 * kLineBytes + 2 * sizeof(Barrier)) +
          groups * kGroupRows * kRowKeys<Keys> * 8;
 }
 
 // From the block's dynamic shared memory.
 struct FusedShared {
   unsigned char* tiles;
-  float* bias;  // of a tile, beside its first chunk
+  float* lines;  // beside a tile's last chunk: its biases, its limits
   Barrier *full, *empty;
   uint64_t* keys;
 
   __device__ __forceinline__ explicit FusedShared(int stages) {
     unsigned char* at = dynamic_shared();
     tiles = at + (1024 - reinterpret_cast<uintptr_t>(at) % 1024) % 1024;
-    bias = reinterpret_cast<float*>(tiles + stages * kTileBytes);
-    full = reinterpret_cast<Barrier*>(bias + stages * kTileLatents);
+    lines = reinterpret_cast<float*>(tiles + stages * kTileBytes);
+    full = reinterpret_cast<Barrier*>(lines + stages * 2 * kTileLatents);
     empty = full + stages;
     keys = reinterpret_cast<uint64_t*>(empty + stages);
   }
 };
+
+// A tile of the image: its chunks, each as it is to stand in shared memory, then its biases and its limits: a score at
+// or below its limit is none. Of a line of them, a quarter of a warp has 16, which stand in fours side by side.
+__host__ __device__ constexpr int64_t image_bytes(int chunks) { return chunks * kTileBytes + 2 * kLineBytes; }
+__host__ __device__ constexpr int line_place(int latent) {
+  const int column = latent / 2 % 4, number = latent / 8 * 2 + latent % 2;
+  return number / 4 * 16 + column * 4 + number % 4;
+}
+
+struct ArrangeArgs {
+  const void* W;           // [d_sae, d_in]
+  const float* bias;       // [d_sae] or null
+  const float* threshold;  // as in SelectArgs of topk_slab.cuh
+  unsigned char* image;
+  int64_t d_in, d_sae, threshold_step;
+  int chunks;              // of a tile
+  float beyond;            // bias of what is beyond d_sae
+};
+constexpr int kArrangeThreads = 256;
+
+// One block per tile.
+template <class T> __global__ void __launch_bounds__(kArrangeThreads) arrange_weights(ArrangeArgs a) {
+  const T* W = static_cast<const T*>(a.W);
+  const int64_t first = int64_t(blockIdx.x) * kTileLatents;
+  unsigned char* tile = a.image + blockIdx.x * image_bytes(a.chunks);
+  const int columns = a.chunks * 8;  // of 16 bytes
+  for (int piece = threadIdx.x; piece < kTileLatents * columns; piece += kArrangeThreads) {
+    const int n = piece / columns, column = piece % columns;
+    Pack<T, 8> pack = {};
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const int64_t d = 8 * column + i;
+      if (first + n < a.d_sae && d < a.d_in) pack.at[i] = W[(first + n) * a.d_in + d];
+    }
+    *reinterpret_cast<Pack<T, 8>*>(tile + column / 8 * kTileBytes + tile_place(n, column % 8)) = pack;
+  }
+  float* lines = reinterpret_cast<float*>(tile + a.chunks * kTileBytes);
+  for (int n = threadIdx.x; n < kTileLatents; n += kArrangeThreads) {
+    const int64_t latent = first + n;
+    const bool known = latent < a.d_sae;
+    lines[line_place(n)] = !known ? a.beyond : a.bias ? a.bias[latent] : 0.0f;
+    const float none = known ? -__builtin_huge_valf() : __builtin_huge_valf();
+    lines[kTileLatents + line_place(n)] = known && a.threshold ? a.threshold[latent * a.threshold_step] : none;
+  }
+}
 
 // Where a block's warp stands in the stream of tiles: first the sample, evenly spread, then all; blocks begin at
 // different ones.
@@ -77,42 +121,22 @@ struct Stream {
 };
 
 // One warp fills the stages, chunk by chunk of 64 elements of each latent of a tile.
-template <class T, int KC> __device__ void stream_weights(const FusedArgs& a, const FusedShared& shared) {
-  const int lane = threadIdx.x % kWarp, column = lane % 8;
-  const T* W = static_cast<const T*>(a.W);
+template <int KC, bool General> __device__ void stream_weights(const FusedArgs& a, const FusedShared& shared) {
+  constexpr int kLines = (General ? 2 : 1) * kLineBytes;
   Stream stream(a);
-  int arrived = 0, filled = 0;  // stages in turn
-  const auto tell = [&] {
-    shared.full[arrived].arrive();
-    if (++arrived == a.stages) arrived = 0;
-  };
   for (const int steps = Stream::steps(a); stream.step < steps; stream.next_tile(a)) {
-    const int64_t latent = int64_t(stream.tile) * kTileLatents;
+    const unsigned char* tile = a.image + stream.tile * image_bytes(KC);
 #pragma unroll 1
     for (int chunk = 0; chunk < KC; ++chunk, stream.next_stage(a)) {
       if (stream.round > 0) shared.empty[stream.stage].wait((stream.round - 1) % 2);
-      const int d = chunk * kTileDepth + 8 * column;
-      const bool inside = d < a.d_in;
-      const T* from = W + (latent + lane / 8) * a.d_in + (inside ? d : 0);
-      unsigned char* tile = shared.tiles + stream.stage * kTileBytes;
-#pragma unroll
-      for (int i = 0; i < kTileLatents / 4; ++i)
-        copy_16(tile + tile_place(lane / 8 + 4 * i, column), from + int64_t(4 * i) * a.d_in, inside);
-      if (chunk == 0 && lane < kTileLatents / 4) {
-        const void* bias = a.bias ? static_cast<const void*>(a.bias + latent + 4 * lane) : a.W;
-        copy_16(shared.bias + stream.stage * kTileLatents + 4 * lane, bias, a.bias != nullptr);
-      }
-      end_copies();
-      if (filled < kInFlight) {
-        ++filled;
-      } else {
-        await_copies<kInFlight>();
-        tell();
-      }
+      Barrier& full = shared.full[stream.stage];
+      const bool last = chunk == KC - 1;
+      begin_fill(full, kTileBytes + (last ? kLines : 0));
+      copy(shared.tiles + stream.stage * kTileBytes, tile + chunk * kTileBytes, kTileBytes, full);
+      if (last) copy(shared.lines + stream.stage * 2 * kTileLatents, tile + KC * kTileBytes, kLines, full);
+      end_fill(full);
     }
   }
-  await_copies<0>();
-  for (; filled > 0; --filled) tell();
 }
 
 }  // namespace sae_kernels

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..kernels import tuning
 from ..kernels.product import product
 
-LARGEST_SELECT = 1024  # the buffers' limit: kLargestSelect in topk_select.cuh
+LARGEST_SELECT = 1024  # the buffers' limit: kLargestSelect in topk_slab.cuh
 _NONE = 1
 
 _lib = torch.library.Library("sae_kernels", "FRAGMENT")
@@ -25,8 +25,8 @@ _lib.define(
 )
 _lib.define("cuda_topk_write_codes(Tensor keys, Tensor(a!) values, Tensor(b!) indices, int activation) -> ()")
 _lib.define(
-    "cuda_topk_encode_fused(Tensor x, Tensor W, Tensor? bias, Tensor? threshold, Tensor(c!)? passed, Tensor(a!) values,"
-    " Tensor(b!) indices, int activation, int groups, int stages, int sample) -> ()"
+    "cuda_topk_encode_fused(Tensor x, Tensor W, Tensor? bias, Tensor? threshold, Tensor(c!)? passed, Tensor(d!) image,"
+    " Tensor(a!) values, Tensor(b!) indices, int activation, int groups, int stages, int sample) -> ()"
 )
 _ops = torch.ops.sae_kernels
 
@@ -38,7 +38,8 @@ def topk_encode(
 
     Checked arguments of one dtype, float32 or narrower. trims: int32 [1], counts the rows (per chunk of latents) of the
     slab path that brought more candidates than their buffer holds and were trimmed early; only a measure of speed.
-    Workspace: at most SlabPlan.nbytes of products and 8 k bytes per row of them, nothing where the fused kernel runs.
+    Workspace: at most SlabPlan.nbytes of products and 8 k bytes per row of them; where the fused kernel runs, a copy of
+    W.
     """
     values, indices = x.new_empty(x.shape[0], k), x.new_empty(x.shape[0], k, dtype=torch.int32)
     choose(x, W, b, k, activation, mask, values, indices, trims=trims)
@@ -50,7 +51,7 @@ def choose(
     threshold: Tensor | None = None, passed: Tensor | None = None, trims: Tensor | None = None,
 ) -> None:  # fmt: skip
     """Fills values and indices [N, k]. threshold [1] or [d_sae] float32, passed [N] int32 of zeros: as in SelectArgs of
-    topk_select.cuh.
+    topk_slab.cuh.
     """
     if x.shape[0] == 0:
         return
@@ -58,10 +59,11 @@ def choose(
     bias = None if b is None else b.float().contiguous()
     limit = None if threshold is None else threshold.contiguous()
     layout = None if mask is not None else fused_layout(x.dtype, *W.shape[::-1], k, *_block_of(x.device))
-    if layout is not None and x.data_ptr() % 16 == 0 and W.data_ptr() % 16 == 0:
+    if layout is not None and x.data_ptr() % 4 == 0:
         sample = layout.sample if limit is None else 0
-        where = (passed, values, indices, activation, layout.groups, layout.stages, sample)
-        _ops.cuda_topk_encode_fused(x, W, bias, limit, *where)
+        image = x.new_empty(layout.image_bytes, dtype=torch.uint8)
+        where = (image, values, indices, activation, layout.groups, layout.stages, sample)
+        _ops.cuda_topk_encode_fused(x, W, bias, limit, passed, *where)
         return
     bytes_mask = None if mask is None else mask.contiguous().view(torch.uint8)
     screen = (bias, bytes_mask, limit)
@@ -73,17 +75,18 @@ def choose(
 
 
 class FusedLayout(NamedTuple):
-    """groups: warpgroups of a block, 64 rows each; stages: tiles of weights in shared memory; sample: tiles that give
-    the first bound.
+    """groups: warpgroups of a block, 64 rows each; stages: chunks of 64 x 64 weights in shared memory; sample: tiles of
+    64 latents that give the first bound; image_bytes: of the weights as they are to stand in shared memory.
     """
 
     groups: int
     stages: int
     sample: int
+    image_bytes: int
 
 
-_STAGE_BYTES = 64 * 64 * 2 + 64 * 4 + 16  # weights, biases, barriers
-_LARGEST_DEPTH, _IN_FLIGHT, _MOST_STAGES = 256, 3, 16
+_STAGE_BYTES = 64 * 64 * 2 + 2 * 64 * 4 + 16  # weights, biases and limits, barriers
+_LARGEST_DEPTH, _FEWEST_MORE, _MOST_STAGES = 256, 3, 16  # stages beside those of a tile
 _BUFFERS = {64: 3 * 32 + 1, 128: 5 * 32 + 1}  # the largest k -> keys in a row's buffer: kLargestFused, kRowKeys
 
 
@@ -91,33 +94,36 @@ def fused_layout(
     dtype: torch.dtype, d_in: int, d_sae: int, k: int, shared_bytes: int, hopper: bool
 ) -> FusedLayout | None:
     """How the fused kernel lies in a block's shared memory; None: it does not take this shape, or does not fit."""
-    if dtype not in (torch.bfloat16, torch.float16) or d_in % 8 or d_sae % 64 or d_in > _LARGEST_DEPTH or k > 128:
+    if dtype not in (torch.bfloat16, torch.float16) or d_in % 2 or d_in > _LARGEST_DEPTH or k > 128:
         return None
     keys = next(size for most, size in _BUFFERS.items() if k <= most)
     chunks = 1 << (-(-d_in // 64) - 1).bit_length()
     most_groups = 3 if hopper else 1 if chunks == 4 else 2  # kMostGroups
     for groups in range(most_groups, 0, -1):
         stages = (shared_bytes - 1024 - groups * 64 * keys * 8) // _STAGE_BYTES
-        if stages >= chunks + _IN_FLIGHT:
-            return FusedLayout(groups, min(stages, _MOST_STAGES), _sample(d_sae // 64, chunks, k))
+        if stages >= chunks + _FEWEST_MORE:
+            tiles = 2 * -(-d_sae // 128)
+            image_bytes = tiles * (chunks * 64 * 64 * 2 + 2 * 64 * 4)
+            return FusedLayout(groups, min(stages, _MOST_STAGES), _sample(tiles, chunks, k), image_bytes)
     return None
 
 
 def _sample(tiles: int, chunks: int, k: int) -> int:
-    """64 maxima over a share of the latents bound 1.4 k / share of them, for k up to 32; for a larger k little.
+    """An even number: 64 maxima over a share of the latents bound 1.4 k / share of them, for k up to 32; for a larger k
+    little.
 
     A second product of all latents costs less than full buffers where rows are short, of an H200's measured times.
     """
     if k > 64:
         return 0
-    return -(-tiles // chunks**2) if k <= 32 else min(16, tiles // 8)
+    return 2 * -(-tiles // (2 * chunks**2)) if k <= 32 else min(16, tiles // 16 * 2)
 
 
 @cache
 def _block_of(device: torch.device) -> tuple[int, bool]:
     """Bytes of shared memory of a block; whether the GPU multiplies by wgmma."""
     if device.type != "cuda":
-        return 143_000, False  # of the tests, which run the kernels on the CPU
+        return 166_912, False  # an A100's, for the tests that run the kernels on the CPU
     properties = torch.cuda.get_device_properties(device)
     return properties.shared_memory_per_block_optin, properties.major == 9
 

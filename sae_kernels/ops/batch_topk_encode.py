@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from . import _autocast, _checks, reference
+from ._backend import cuda_or
 from .threshold_encode import counted_backward, save_for_counted_backward, threshold_with
 from .topk_encode import backends, check_encoder, topk_with
 
@@ -54,8 +55,8 @@ def batch_topk_encode(
 
     Differentiable once in x, W_enc and b_enc; chosen on pre-activations accumulated in float32. On CPU a first guess of
     the threshold from some of the rows makes the pass over all rows cheap; should too few entries pass it, the pass is
-    made again without. Workspace: as topk_encode with k = max_active; on CPU 4 bytes per candidate, elsewhere what the
-    sorting of all rows x max_active scores takes. The kernels on a GPU wait for nothing.
+    made again without. Workspace: as topk_encode with k = max_active; on CPU 4 bytes per candidate, in CUDA C++ 16 a
+    row, elsewhere what the sorting of all rows x max_active scores takes. The kernels on a GPU wait for nothing.
 
     Under autocast, tensors of different floating dtypes are brought to W_enc's. Raises TypeError or ValueError that
     names the argument, before any work.
@@ -81,7 +82,7 @@ def _choose(x, W_enc, b_enc, k, max_active, activation, latent_mask, backend):
     lowest = torch.full((1,), _floor(activation), dtype=reference.accumulator(x.dtype), device=x.device)
     if backend != "cpu":  # to see whether a guess was too high a GPU would have to be waited for
         found = threshold_with(backend, x, W_enc, b_enc, lowest, *arguments)
-        values, counts, threshold = reference.batch_keep(found[0], found[2], total, magnitude)
+        values, counts, threshold = _keep_on_gpu(found[0], found[2], total, magnitude)
         return values, found[1], counts, threshold
     limit = torch.maximum(_guess(x, W_enc, b_enc, k, *arguments, backend).to(lowest), lowest)
     values, indices, counts = threshold_with(backend, x, W_enc, b_enc, limit, *arguments)
@@ -89,6 +90,19 @@ def _choose(x, W_enc, b_enc, k, max_active, activation, latent_mask, backend):
         values, indices, counts = threshold_with(backend, x, W_enc, b_enc, lowest, *arguments)
     values, counts, threshold = torch.ops.sae_kernels.batch_keep(values, counts, total, magnitude)
     return values, indices, counts, threshold
+
+
+def _keep_by_cuda(values: Tensor, counts: Tensor, total: int, magnitude: bool) -> tuple[Tensor, Tensor, Tensor]:
+    from ..cuda import batch_topk_encode as kernel
+
+    return kernel.batch_keep(values, counts, total, magnitude)
+
+
+_keep_in_float32 = cuda_or(_keep_by_cuda, reference.batch_keep)
+
+
+def _keep_on_gpu(values: Tensor, *args) -> tuple[Tensor, Tensor, Tensor]:
+    return (_keep_in_float32 if values.dtype == torch.float32 else reference.batch_keep)(values, *args)
 
 
 def _floor(activation: str) -> float:

@@ -4,10 +4,12 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <numeric>
 #include <random>
 
 namespace {  // of this file alone: AddressSanitizer then guards the arrays that stand for shared memory
 #include "cuda/activation_stats.cuh"
+#include "cuda/batch_keep.cuh"
 #include "cuda/latent_sums.cuh"
 #include "cuda/topk_fused.cuh"
 #include "cuda/topk_select.cuh"
@@ -50,12 +52,37 @@ template <int KC, bool General> void encode_fused(int64_t rows, int d_in, int d_
   std::vector<float> bias(d_sae), threshold(d_sae, 1.0f), values(rows * k);
   std::vector<int32_t> indices(rows * k), passed(rows);
   FusedArgs args{};
-  args.x = x.data(), args.W = W.data(), args.bias = bias.data(), args.values = values.data();
-  args.indices = indices.data(), args.rows = rows, args.d_in = d_in, args.k = k, args.tiles = d_sae / kTileLatents;
-  args.stages = KC + kInFlight, args.sample = sample, args.stride = sample > 0 ? args.tiles / sample : 1;
-  if (General) args.threshold = threshold.data(), args.threshold_step = 1, args.passed = passed.data();
+  args.tiles = 2 * int(ceil_div(d_sae, 2 * kTileLatents));
+  std::vector<unsigned char> image(args.tiles * image_bytes(KC));
+  const float* limits = General ? threshold.data() : nullptr;
+  ArrangeArgs weights{W.data(), bias.data(), limits, image.data(), d_in, d_sae, 1, KC, 0.0f};
+  cuda_host::run(arrange_weights<bf16>, dim3(args.tiles), kArrangeThreads, weights);
+  args.x = x.data(), args.image = image.data(), args.values = values.data(), args.indices = indices.data();
+  args.rows = rows, args.d_in = d_in, args.d_sae = d_sae, args.k = k, args.stages = KC + 3;
+  args.sample = sample, args.stride = sample > 0 ? args.tiles / sample : 1;
+  if (General) args.passed = passed.data();
   cuda_host::run(topk_encode_rows<bf16, KC, 3, General>, dim3(ceil_div(rows, kGroupRows)), fused_threads(1), args,
                  fused_bytes<3>(1, args.stages));
+}
+
+// Some rows have no candidate, some more than there are places.
+void keep_of_batch(int64_t rows, int64_t m, int64_t total) {
+  std::vector<float> values = numbers<float>(rows * m, -9, 9), kept(rows * m), threshold(1);
+  std::vector<int32_t> counts = numbers<int32_t>(rows, 0, m + 2), above(rows), equal(rows), kept_counts(rows);
+  std::vector<unsigned long long> digits(kDigits);
+  std::vector<int64_t> state{0, total}, before(rows);
+  KeepArgs args{};
+  args.values = values.data(), args.counts = counts.data(), args.digits = digits.data(), args.state = state.data();
+  args.above = above.data(), args.equal = equal.data(), args.before = before.data(), args.kept = kept.data();
+  args.threshold = threshold.data(), args.kept_counts = kept_counts.data(), args.rows = rows, args.m = m;
+  for (args.shift = 2 * kDigitBits; args.shift >= 0; args.shift -= kDigitBits) {
+    cuda_host::run(count_digits, dim3(2), kKeepThreads, args);
+    cuda_host::run(choose_digit, dim3(1), kKeepThreads, args);
+  }
+  const dim3 grid(ceil_div(rows, kKeepRows));
+  cuda_host::run(split_rows, grid, kKeepThreads, args);
+  std::inclusive_scan(equal.begin(), equal.end(), before.begin());
+  cuda_host::run(write_kept, grid, kKeepThreads, args);
 }
 
 void sort_whole_rows() {
@@ -157,6 +184,7 @@ int main() {
   encode_fused<1, false>(3, 16, 512, 20, 2);
   encode_fused<2, true>(2, 72, 192, 40, 0);
   sort_whole_rows();
+  keep_of_batch(11, 40, 150);
   decode<4>(5, 3, 7, 36);
   decode<1>(3, 6, 7, 35);
   sums<4>(10, 3, 5, 36, 4);

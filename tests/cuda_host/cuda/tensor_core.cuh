@@ -1,5 +1,7 @@
-// In the place of csrc/cuda/tensor_core.cuh: the same product, element by element.
+// In the place of csrc/cuda/tensor_core.cuh: the same product, element by element, and as late as may be: who gives a
+// tile back too early gets wrong results, and ThreadSanitizer sees it.
 #pragma once
+
 
 #include "cuda/pipeline.cuh"
 
@@ -20,13 +22,14 @@ template <class T, int KC> struct RowTile {
 
 inline void take_registers() {}
 inline void give_registers() {}
-inline void begin_product(float (&acc)[kAccs]) {
-  for (float& c : acc) c = 0;
-}
+constexpr int kProductsAhead = 2;
+inline thread_local std::deque<std::function<void()>> products;
+
 template <class T, int KC>
-void multiply(float (&acc)[kAccs], const RowTile<T, KC>& rows, const unsigned char* tile, int chunk) {
+void multiply_now(float (&acc)[kAccs], const RowTile<T, KC>& rows, const unsigned char* tile, int chunk) {
   const int lane = threadIdx.x % kWarp;
   for (int i = 0; i < kAccs; ++i) {
+    if (chunk == 0) acc[i] = 0;
     const int64_t row = rows.row + lane / 4 + 8 * (i / 2 % 2);
     const int n = i / 4 * 8 + 2 * (lane % 4) + i % 2, left = std::min(kTileDepth, rows.d_in - chunk * kTileDepth);
     if (row >= rows.rows) continue;
@@ -37,6 +40,14 @@ void multiply(float (&acc)[kAccs], const RowTile<T, KC>& rows, const unsigned ch
     }
   }
 }
-inline void end_product(float (&)[kAccs]) {}
+template <class T, int KC>
+void multiply(float (&acc)[kAccs], const RowTile<T, KC>& rows, const unsigned char* tile, int chunk) {
+  if (chunk == 0) std::fill_n(acc, kAccs, std::numeric_limits<float>::quiet_NaN());
+  products.push_back([&acc, rows, tile, chunk] { multiply_now(acc, rows, tile, chunk); });
+}
+template <int N> void await_products() {
+  for (; products.size() > N; products.pop_front()) products.front()();
+}
+template <int N> void await_products(float (&)[kAccs]) { await_products<N>(); }
 
 }  // namespace sae_kernels
