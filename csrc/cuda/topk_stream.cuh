@@ -3,37 +3,24 @@
 #pragma once
 
 #include "cuda/dynamic_shared.cuh"
-#include "cuda/tensor_core.cuh"
-#include "cuda/topk_keys.cuh"
+#include "cuda/topk_rows.cuh"
 
 namespace sae_kernels {
 
-struct FusedArgs {
+struct FusedArgs : RowArgs {
   const void* x;               // [rows, d_in], d_in even
   const unsigned char* image;  // of the weights and biases, from arrange_weights
-  int32_t* passed;             // [rows], or null: how many are above their limits
-  void* values;                // [rows, k]
-  int32_t* indices;            // [rows, k]
-  int64_t rows;
-  int d_in, d_sae, k, activation;
+  int d_in;
   int stages;          // chunks of weights in shared memory
   int tiles;           // of 64 latents, an even number; those beyond d_sae are never chosen
   int sample, stride;  // tiles that the first bound is taken from, an even number, and the way from one to the next
-  Out dtype;
 };
 
-constexpr int kGroupWarps = 4, kWarpRows = 16, kGroupRows = kGroupWarps * kWarpRows;
 // Warpgroups whose registers hold rows: three where they can be dealt out, fewer where rows of 256 leave too few.
 template <int KC> constexpr int kMostGroups = SK_WGMMA ? 3 : KC == 4 ? 1 : 2;
 constexpr int kLineBytes = kTileLatents * sizeof(float);  // of a tile's biases, and of its limits
 constexpr int kFewestStages = 4;  // two tiles of two chunks, held until both are looked through
 constexpr int fused_threads(int groups) { return (groups + 1) * kGroupWarps * kWarp; }
-constexpr int kHalfBits = kAccs / 4;  // of half a tile, what a lane has of a row
-// A row's buffer: a segment for each of the row's four lanes. One key more lets rows begin at different banks.
-template <int Keys> constexpr int kSegment = 8 * Keys;
-template <int Keys> constexpr int kRowKeys = 4 * kSegment<Keys> + 1;
-// What a cut leaves at most, so that half a tile fits each segment; also the largest k.
-template <int Keys> constexpr int kLargestFused = 4 * (kSegment<Keys> - kHalfBits);
 template <int Keys> constexpr int64_t fused_bytes(int groups, int stages) {
   return 1024 + int64_t(stages) * (kTileBytes + 2 * kLineBytes + 2 * sizeof(Barrier)) +
          groups * kGroupRows * kRowKeys<Keys> * 8;
