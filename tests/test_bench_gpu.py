@@ -248,11 +248,12 @@ def test_tuning_finds_up_to_where_codes_are_multiplied_whole(monkeypatch):
     assert tuner.dense_below(replace(HEADLINE[0], rows=4), "cpu") == 0
 
 
-def test_tuning_sweeps_fields_that_the_plans_have():
+def test_tuning_sweeps_fields_that_the_plans_have(monkeypatch):
     from benchmarks.gpu import tune as tuner
 
     plans = {
         "fused": tuner.tuning.Tile, "select": tuner.tuning.SelectPlan, "slab": tuner.tuning.SlabPlan,
+        "short": tuner.tuning.ShortPlan, "long": tuner.tuning.LongPlan,
         "decode": tuner.tuning.DecodePlan, "sums": tuner.tuning.SumsPlan, "dot": tuner.tuning.DotPlan,
     }  # fmt: skip
     assert {kind: set(f) - set(plans[kind].__dataclass_fields__) for kind, f in tuner.FIELDS.items()} == dict.fromkeys(
@@ -261,7 +262,11 @@ def test_tuning_sweeps_fields_that_the_plans_have():
     assert tuple(tuner.FIELDS) == TUNED
     small = replace(HEADLINE[0], rows=2)
     subjects = list(tuner.subjects(small, "cpu"))
-    assert {s.kind for s in subjects} == set(plans)
+    assert {s.kind for s in subjects} == set(plans) - {"short", "long"}  # which CUDA C++ has
+    monkeypatch.setattr(tuner, "cuda_error", lambda device: None)
+    for case, kind in ((small, "short"), (replace(HEADLINE[2], rows=2, d_sae=1024), "long")):
+        mine = next(s for s in tuner.subjects(case, "cpu") if s.kind in ("short", "long"))
+        assert mine.kind == kind and set(tuner.FIELDS[kind]) == set(vars(mine.plan()))
     assert [s.plan() for s in subjects if s.kind == "decode"] == [tuner.tuning.decode_plan(64, 2)]
     assert "fused" not in {s.kind for s in tuner.subjects(TINY, "cpu")}  # too few latents for that path
 

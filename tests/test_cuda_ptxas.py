@@ -46,7 +46,15 @@ def test_the_table_holds_every_kernel():
     }
 
 
-KERNELS = {"arrange_weights", "topk_encode_rows", "select_rows", "select_limited_rows", "write_keys", "write_codes"}
+KERNELS = {
+    "arrange_weights",
+    "topk_encode_rows",
+    "topk_encode_panels",
+    "select_rows",
+    "select_limited_rows",
+    "write_keys",
+    "write_codes",
+}
 KERNELS |= {"decode_rows", "dot_rows", "sum_runs", "join_runs"}
 KERNELS |= {"add_entries", "carry_limbs", "count_bins", "count_pairs"}
 KERNELS |= {"mark_candidates", "merge_candidates", "mark_fired"}

@@ -62,8 +62,8 @@ FAULTS = {
     ),
     "gives weights back that are still multiplied": (
         "thread",
-        "    await_products<1>();\n",
-        "",
+        "    await_products<1>();\n    __syncwarp();  // of all lanes\n",
+        "    __syncwarp();  // of all lanes\n",
         "data race",
     ),
     "no __syncthreads before the table is read": (

@@ -54,7 +54,7 @@ def test_chunks_of_rows_and_latents_and_the_sort_of_whole_rows(monkeypatch, acti
     x, W, b = small_integers(2, 9, 1100, torch.float32)
     mask = torch.arange(1100) % 7 > 0
     assert_same(run(x, W, b, 3.0, 1030, activation, mask), oracle(x, W, b, 3.0, 1030, activation, mask))
-    monkeypatch.setattr(tuning, "slab_shape", lambda rows, d_sae, size: (min(rows, 4), min(d_sae, 100)))
+    monkeypatch.setattr(tuning, "slab_shape", lambda rows, d_sae, nbytes: (min(rows, 4), min(d_sae, 100)))
     x, W, b = small_integers(6, 9, 250, torch.float32)
     each = torch.arange(250.0) % 13
     for threshold, max_active in ((each, 20), (-torch.inf, 100)):

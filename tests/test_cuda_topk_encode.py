@@ -50,7 +50,7 @@ def test_every_latent_and_more_than_the_buffers_hold(activation):
 @pytest.mark.parametrize("activation", range(3))
 def test_chunks_of_rows_and_latents(monkeypatch, activation):
     """Every row and every running list passes several; a first chunk has fewer latents than k."""
-    monkeypatch.setattr(tuning, "slab_shape", lambda rows, d_sae, size: (min(rows, 4), min(d_sae, 100)))
+    monkeypatch.setattr(tuning, "slab_shape", lambda rows, d_sae, nbytes: (min(rows, 4), min(d_sae, 100)))
     x, W, b = small_integers(6, 9, 250, torch.float32)
     mask = torch.arange(250) % 7 == 3
     for k, latent_mask in ((1, None), (20, mask), (120, None)):

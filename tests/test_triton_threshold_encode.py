@@ -53,7 +53,7 @@ def test_exact_arithmetic_entry_for_entry(activation, dtype):
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_chunks_of_rows_and_latents(monkeypatch, activation):
-    monkeypatch.setattr(tuning, "slab_shape", lambda rows, d_sae, size: (min(rows, 4), min(d_sae, 100)))
+    monkeypatch.setattr(tuning, "slab_shape", lambda rows, d_sae, nbytes: (min(rows, 4), min(d_sae, 100)))
     x, W, b = small_integers(6, 9, 250, torch.float32)
     each = torch.arange(250.0) % 13
     for threshold, max_active in ((each, 20), (-torch.inf, 100)):

@@ -34,7 +34,7 @@ def on_triton():
 @pytest.fixture
 def small_chunks(monkeypatch):
     """Slabs of 4 rows x 100 latents: every row and every running list passes several."""
-    monkeypatch.setattr(tuning, "slab_shape", lambda rows, d_sae, size: (min(rows, 4), min(d_sae, 100)))
+    monkeypatch.setattr(tuning, "slab_shape", lambda rows, d_sae, nbytes: (min(rows, 4), min(d_sae, 100)))
 
 
 def on_device(*tensors):
@@ -94,7 +94,7 @@ def test_random(dtype):
     "kind", ["ascending by column", "descending by column", "clustered", "all negative", "constant"]
 )
 def test_adversarial_orders(monkeypatch, kind, path):
-    monkeypatch.setattr(tuning, "slab_shape", lambda rows, d_sae, size: (rows, 1100))
+    monkeypatch.setattr(tuning, "slab_shape", lambda rows, d_sae, nbytes: (rows, 1100))
     x, W, b = adversarial(kind)
     x = (x[:2] * 64).round() / 64  # constant latents then tie exactly, whatever the order of a sum
     for k in (1, 32):
@@ -149,7 +149,7 @@ def test_the_path_by_the_weights():
 def test_the_workspace_has_a_cap(d_sae):
     for k in (1, 22, 32, 85, 341):
         P = tuning.select_plan(k).P
-        rows, columns = tuning.slab_shape(2**20, d_sae, 2)
+        rows, columns = tuning.slab_shape(2**20, d_sae, tuning.slab_plan(2).nbytes)
         assert rows * (columns * 4 + P * 8 + 4) <= 160 * 2**20
         plan = tuning.fused_plan(256, d_sae, k, 2)
         slab = max(plan.head, -(-d_sae // plan.first_step)) * 4

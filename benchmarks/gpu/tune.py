@@ -17,8 +17,10 @@ from torch import Tensor
 from sae_kernels.bench import measure
 from sae_kernels.bench.cases import Case
 from sae_kernels.bench.workload import Workload
+from sae_kernels.cuda import topk_encode as cuda_topk_encode
 from sae_kernels.kernels import sparse_decode, topk_encode, tuning
 from sae_kernels.kernels.latent_sums import latent_sums
+from sae_kernels.ops._backend import cuda_error
 
 from .plan import HEADLINE, TINY, smaller
 
@@ -29,6 +31,8 @@ FIELDS: dict[str, dict[str, tuple]] = {
     },
     "select": {"ROWS": (1, 2, 4, 8), "warps": (1, 2, 4, 8), "rescan_warps": (1, 2, 4, 8)},
     "slab": {"nbytes": tuple(mib * 2**20 for mib in (8, 16, 24, 32, 48))},
+    "short": {"share": (1, 2, 4, 8, 16, 32)},
+    "long": {"panels": (True,), "nbytes": tuple(mib * 2**20 for mib in (16, 24, 48, 64, 96))},
     "decode": {"ROWS": (1, 2, 4, 8), "BLOCK_D": (32, 64, 128, 256, 512), "UNROLL": (2, 4, 8), "warps": (1, 2, 4, 8)},
     "sums": {"ENTRIES": (4, 8, 16, 32), "BLOCK_D": (32, 64, 128, 256), "warps": (1, 2, 4, 8)},
     "dot": {"BLOCK_K": (4, 8, 16), "BLOCK_D": (64, 128, 256), "warps": (1, 2, 4, 8)},
@@ -63,6 +67,12 @@ def subjects(case: Case, device: str) -> Iterator[Subject]:
         yield Subject("fused", near, encode("fused"), lambda: tuning.fused_tile(d, size))
     yield Subject("select", str(tuning.select_plan(k).P), encode("slab"), lambda: tuning.select_plan(k))
     yield Subject("slab", str(size), encode("slab"), lambda: tuning.slab_plan(size))
+    if cuda_error(w.x.device) is None:
+        of_cuda = lambda: cuda_topk_encode.topk_encode(w.x, w.W_enc, w.b_enc, k, 0, None)[:1]  # noqa: E731
+        if cuda_topk_encode.layout_of(w.x, w.W_enc, k):
+            yield Subject("short", near, of_cuda, lambda: tuning.short_plan(d, size))
+        else:
+            yield Subject("long", near, of_cuda, lambda: tuning.long_plan(d, size))
     values, indices, W = w.values, w.indices, w.W_dec
     decode = lambda: (sparse_decode.sparse_decode(values, indices, W, None),)  # noqa: E731
     yield Subject("decode", near, decode, lambda: tuning.decode_plan(d, size))

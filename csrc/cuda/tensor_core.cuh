@@ -37,6 +37,13 @@ template <class T, int KC> struct RowTile {
   }
 };
 
+#if SK_WGMMA
+// For wgmma: start / 16; stride of 8 rows 1024 / 16; 128-byte swizzle.
+__device__ __forceinline__ uint64_t matrix_at(const unsigned char* tile) {
+  return (shared_address(tile) >> 4) | uint64_t(1) << 16 | uint64_t(64) << 32 | uint64_t(1) << 62;
+}
+#endif
+
 template <class T> struct Mma;
 #define SK_MMA(T, NAME)                                                                                               \
   template <> struct Mma<T> {                                                                                         \
@@ -71,14 +78,14 @@ SK_MMA(fp16, "f16")
 #undef SK_GROUP
 
 // How a block's registers are shared out, by whole warpgroups: more for those that hold rows, few for who only copies.
-__device__ __forceinline__ void take_registers() {
+template <int N> __device__ __forceinline__ void take_registers() {
 #if SK_WGMMA
-  asm volatile("setmaxnreg.inc.sync.aligned.u32 160;");
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(N));
 #endif
 }
-__device__ __forceinline__ void give_registers() {
+template <int N> __device__ __forceinline__ void give_registers() {
 #if SK_WGMMA
-  asm volatile("setmaxnreg.dec.sync.aligned.u32 32;");
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(N));
 #endif
 }
 
@@ -91,8 +98,7 @@ template <class T, int KC> __device__ __forceinline__ void multiply(float (&acc)
                                                                     const unsigned char* tile, int chunk) {
 #if SK_WGMMA
   asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
-  // start / 16; stride of 8 latents 1024 / 16; 128-byte swizzle
-  const uint64_t b = (shared_address(tile) >> 4) | uint64_t(1) << 16 | uint64_t(64) << 32 | uint64_t(1) << 62;
+  const uint64_t b = matrix_at(tile);
 #pragma unroll
   for (int step = 0; step < 4; ++step)
     Mma<T>::group(acc, rows.at[4 * chunk + step], b + 2 * step, chunk + step > 0);

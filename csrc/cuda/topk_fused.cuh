@@ -7,8 +7,8 @@
 // of events can change it.
 //
 // Traffic: x once; the weights once per block, from L2, through shared memory that a warp of its own fills. Of a warp,
-// 64 latents cost some 250 to 300 instructions beside the product, most of them four for each accumulator: a comparison,
-// two stores and an addition that only what passes carries out.
+// 64 latents cost some 250 to 300 instructions beside the product, most of them four for each accumulator: a
+// comparison, two stores and an addition that only what passes carries out.
 #pragma once
 
 #include "cuda/topk_stream.cuh"
@@ -86,26 +86,17 @@ template <bool General, class T, int KC, class F> __device__ __forceinline__ voi
 // One warp over all latents.
 template <class T, int KC, int Keys, bool General> __device__ void select_rows_of_warp(
     const FusedArgs& a, const FusedShared& shared, int64_t first_row, uint64_t* buffers) {
-  constexpr float kInfinity = __builtin_huge_valf(), kLeast = 1.401298464e-45f, kLowest = -3.402823466e38f;
   const int lane = threadIdx.x % kWarp;
   const bool is_abs = General && a.activation == kAbs;
   RowTile<T, KC> x;
   x.load(static_cast<const T*>(a.x), first_row, a.rows, a.d_in);
   RowState rows{};
-  const uint64_t* segment = buffers + lane / 4 * kRowKeys<Keys> + lane % 4 * kSegment<Keys>;
-  rows.begin = int(reinterpret_cast<const unsigned char*>(segment) - dynamic_shared());
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const bool live = first_row + lane / 4 + 8 * half < a.rows;
-    // where scores are lower still, the lowest latents fill up
-    rows.bound[half] = !live ? kInfinity : a.activation == kNone ? kLowest : kLeast;
-    rows.next[half] = rows.begin;
-  }
+  begin_rows<Keys>(a, first_row, dynamic_shared(), buffers, rows);
   Stream stream(a);
   if (a.sample > 0) {
     float best[kAccs];
 #pragma unroll
-    for (float& b : best) b = -kInfinity;
+    for (float& b : best) b = -__builtin_huge_valf();
     over_tiles<General>(a, shared, x, stream, a.sample, [&](const float(&acc)[kAccs], const LineOfLane&, int) {
 #pragma unroll
       for (int i = 0; i < kAccs; ++i) best[i] = fmaxf(best[i], is_abs ? fabsf(acc[i]) : acc[i]);
@@ -141,10 +132,10 @@ __global__ void __launch_bounds__(fused_threads(kMostGroups<KC>), 1) topk_encode
   show_barriers();
   __syncthreads();
   if (warp >= workers) {
-    give_registers();
+    give_registers<32>();
     if (warp == workers) stream_weights<KC, General>(a, shared);
   } else {
-    take_registers();
+    take_registers<160>();
     select_rows_of_warp<T, KC, Keys, General>(
         a, shared, (int64_t(blockIdx.x) * workers + warp) * kWarpRows,
         shared.keys + warp * kWarpRows * kRowKeys<Keys>);

@@ -12,6 +12,9 @@ enum Activation : int { kRelu = 0, kNone = 1, kAbs = 2 };
 // NaN.
 constexpr uint32_t kMasked = 1, kNanOrder = 0xffffffffu, kSign = 0x80000000u;
 
+// Signed 64-bit integers sort the way keys do once their highest bit is flipped.
+constexpr uint64_t kFlip = uint64_t(1) << 63;
+
 template <int Act> __device__ __forceinline__ uint32_t order_of(float pre) {
   if (pre != pre) return kNanOrder;
   if (Act == kRelu) return __float_as_uint(pre > 0 ? pre : 0.0f) | kSign;

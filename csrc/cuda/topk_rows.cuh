@@ -1,5 +1,5 @@
-// What a warp keeps of 16 rows whose pre-activations come tile by tile, in the accumulators of a product of 64 latents: a
-// bound and a buffer of entries for each row, and what becomes of them in the end.
+// What a warp keeps of 16 rows whose pre-activations come tile by tile, in the accumulators of a product of 64 latents:
+// a bound and a buffer of entries for each row, and what becomes of them in the end.
 #pragma once
 
 #include "cuda/tensor_core.cuh"
@@ -47,6 +47,23 @@ struct RowState {
 };
 template <int Keys> constexpr int kUpperRow = 8 * kRowKeys<Keys> * int(sizeof(uint64_t));
 
+// Empty buffers of the rows from first_row on.
+template <int Keys> __device__ __forceinline__ void begin_rows(const RowArgs& a, int64_t first_row,
+                                                               const unsigned char* pool, const uint64_t* buffers,
+                                                               RowState& rows) {
+  constexpr float kInfinity = __builtin_huge_valf(), kLeast = 1.401298464e-45f, kLowest = -3.402823466e38f;
+  const int lane = threadIdx.x % kWarp;
+  const uint64_t* segment = buffers + lane / 4 * kRowKeys<Keys> + lane % 4 * kSegment<Keys>;
+  rows.begin = int(reinterpret_cast<const unsigned char*>(segment) - pool);
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const bool live = first_row + lane / 4 + 8 * half < a.rows;
+    // where scores are lower still, the lowest latents fill up
+    rows.bound[half] = !live ? kInfinity : a.activation == kNone ? kLowest : kLeast;
+    rows.next[half] = rows.begin;
+  }
+}
+
 // Rises the bounds of the warp's rows to the k-th largest of 2 N group maxima each.
 template <int N> __device__ void bound_rows(const RowArgs& a, const float (&best)[N], RowState& rows) {
   uint32_t order[N];
@@ -70,7 +87,7 @@ template <int N> __device__ void bound_rows(const RowArgs& a, const float (&best
   }
 }
 
-// Cuts a row's segments, of the lanes of that quad: entry 8 i + l / 4 of segment l % 4 is the i-th of the warp's lane l.
+// Cuts a row's segments, of that quad's lanes: entry 8 i + l / 4 of segment l % 4 is the i-th of the warp's lane l.
 template <int Keys, class Read, class To>
 __device__ __forceinline__ int cut_row(const RowState& rows, int quad, int half, uint64_t* buffer, int least, int most,
                                        Read read, To to, uint32_t& bound) {
@@ -177,8 +194,7 @@ template <int Keys, bool General, int First> struct HalfTile {
   }
 };
 
-// The best of a tile join the buffers, half by half; `latent` is the lane's first one; pool: where the offsets of `rows`
-// begin.
+// The best of a tile join the buffers, half by half. latent: the lane's first one; pool: where offsets in `rows` begin.
 template <int Keys, bool General>
 __device__ __forceinline__ void keep_best(const RowArgs& a, const float (&acc)[kAccs], const LineOfLane& limits,
                                           int latent, unsigned char* pool, uint64_t* buffers, RowState& rows) {
@@ -198,12 +214,13 @@ __device__ __forceinline__ void keep_best(const RowArgs& a, const float (&acc)[k
 
 struct WarpTeam { static constexpr int kTeam = kWarp; };
 
-// Where fewer latents than k passed: the lowest of the others fill up, at the lowest score. buffer: n keys.
-__device__ __forceinline__ void fill_up(const RowArgs& a, uint64_t* buffer, int n) {
+// Where fewer latents than k passed: the lowest of the others fill up, at the lowest score, as far as `first` to `end`
+// has any. buffer: n keys; returns how many they are then.
+__device__ __forceinline__ int fill_up(const RowArgs& a, uint64_t* buffer, int n, int first, int end) {
   const int lane = threadIdx.x % kWarp, taken = n;
   const uint32_t floor = a.activation == kNone ? kFloor<kNone> : kFloor<kRelu>;
-  for (int first = 0; n < a.k; first += kWarp) {
-    bool free = true;
+  for (; n < a.k && first < end; first += kWarp) {
+    bool free = first + lane < end;
     for (int at = 0; at < taken; ++at) free &= latent_in(buffer[at]) != first + lane;
     const unsigned votes = __ballot_sync(kAllLanes, free);
     const int at = n + __popc(votes & ((1u << lane) - 1));
@@ -211,6 +228,7 @@ __device__ __forceinline__ void fill_up(const RowArgs& a, uint64_t* buffer, int 
     n = min(a.k, n + __popc(votes));
   }
   __syncwarp();
+  return n;
 }
 
 // The end of one row: its k best keys, in order.
@@ -229,7 +247,7 @@ template <int Keys> __device__ void finish_row(const RowArgs& a, const RowState&
   }
   for (int at = lane; at < n; at += kWarp) buffer[at] = read(buffer[at]);
   __syncwarp();
-  if (n < a.k) fill_up(a, buffer, n);
+  fill_up(a, buffer, n, 0, a.d_sae);
   sort_descending<WarpTeam>(buffer, a.k, a.k, lane);
   for (int j = lane; j < a.k; j += kWarp) write_code(a.values, a.indices, a.dtype, row * a.k + j, buffer[j], is_abs);
 }

@@ -276,9 +276,7 @@ template <class P, int Act> __global__ void __launch_bounds__(P::kThreads, 1) se
   select_best<P, 1, Act, true>(a);
 }
 
-// For a k beyond the buffers: the keys of whole rows, to be sorted elsewhere, and the way back. Signed 64-bit integers
-// sort the way the keys do once their highest bit is flipped.
-constexpr uint64_t kFlip = uint64_t(1) << 63;
+// For a k beyond the buffers: the keys of whole rows, to be sorted elsewhere, and the way back.
 constexpr int kElementThreads = 256;
 
 template <int Act, bool Limited> __global__ void __launch_bounds__(kElementThreads) write_keys(SelectArgs a) {

@@ -25,7 +25,8 @@ struct SelectArgs {
 
 // V pre-activations from `column` on, of the first ones beyond the last column: no branch keeps several of these loads
 // from being in flight at once. Where V > 1 it divides the columns.
-template <int V> __device__ __forceinline__ Pack<float, V> read_slab(const SelectArgs& a, const float* row, int column) {
+template <int V>
+__device__ __forceinline__ Pack<float, V> read_slab(const SelectArgs& a, const float* row, int column) {
   return load_pack<V>(row + (column < a.columns ? column : 0));
 }
 template <int V> __device__ __forceinline__ void add_pack(float (&to)[V], const float* from) {

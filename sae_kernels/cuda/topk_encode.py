@@ -1,5 +1,6 @@
 """topk_encode in CUDA C++: the kernel of csrc/cuda/topk_fused.cuh, which writes no pre-activations, where the shape
-lets it; else those of topk_select.cuh, around products in slabs that stay in L2.
+lets it; else those of topk_select.cuh, around products in slabs that stay in L2. Where tuning.LongPlan says so, that of
+topk_panels.cuh takes long rows without a slab.
 """
 
 from functools import cache
@@ -12,7 +13,7 @@ from ..kernels import tuning
 from ..kernels.product import product
 
 LARGEST_SELECT = 1024  # the buffers' limit: kLargestSelect in topk_slab.cuh
-_NONE = 1
+_NONE, _ABS = 1, 2
 
 _lib = torch.library.Library("sae_kernels", "FRAGMENT")
 _lib.define(
@@ -27,6 +28,10 @@ _lib.define("cuda_topk_write_codes(Tensor keys, Tensor(a!) values, Tensor(b!) in
 _lib.define(
     "cuda_topk_encode_fused(Tensor x, Tensor W, Tensor? bias, Tensor? threshold, Tensor(c!)? passed, Tensor(d!) image,"
     " Tensor(a!) values, Tensor(b!) indices, int activation, int groups, int stages, int sample) -> ()"
+)
+_lib.define(
+    "cuda_topk_encode_panels(Tensor x, Tensor W, Tensor lines, Tensor(a!) pool, Tensor(b!) keys, int activation,"
+    " int strip_tiles) -> ()"
 )
 _ops = torch.ops.sae_kernels
 
@@ -58,8 +63,8 @@ def choose(
     x, W = x.contiguous(), W.contiguous()
     bias = None if b is None else b.float().contiguous()
     limit = None if threshold is None else threshold.contiguous()
-    layout = None if mask is not None else fused_layout(x.dtype, *W.shape[::-1], k, *_block_of(x.device))
-    if layout is not None and x.data_ptr() % 4 == 0:
+    layout = layout_of(x, W, k) if mask is None else None
+    if layout is not None:
         sample = layout.sample if limit is None else 0
         image = x.new_empty(layout.image_bytes, dtype=torch.uint8)
         where = (image, values, indices, activation, layout.groups, layout.stages, sample)
@@ -67,7 +72,9 @@ def choose(
         return
     bytes_mask = None if mask is None else mask.contiguous().view(torch.uint8)
     screen = (bias, bytes_mask, limit)
-    if k > LARGEST_SELECT:
+    if mask is None and limit is None and takes_panels(x, W, k, activation):
+        _by_panels(x, W, bias, k, activation, values, indices)
+    elif k > LARGEST_SELECT:
         _by_sorting(x, W, screen, passed, k, activation, values, indices)
     else:
         trims = x.new_zeros(1, dtype=torch.int32) if trims is None else trims
@@ -83,6 +90,12 @@ class FusedLayout(NamedTuple):
     stages: int
     sample: int
     image_bytes: int
+
+
+def layout_of(x: Tensor, W: Tensor, k: int) -> FusedLayout | None:
+    """Of the fused kernel for these; None: it does not take them."""
+    gpu = _gpu_of(x.device)
+    return fused_layout(x.dtype, *W.shape[::-1], k, gpu.shared_bytes, gpu.hopper) if x.data_ptr() % 4 == 0 else None
 
 
 _STAGE_BYTES = 64 * 64 * 2 + 2 * 64 * 4 + 16  # weights, biases and limits, barriers
@@ -104,33 +117,81 @@ def fused_layout(
         if stages >= chunks + _FEWEST_MORE:
             tiles = 2 * -(-d_sae // 128)
             image_bytes = tiles * (chunks * 64 * 64 * 2 + 2 * 64 * 4)
-            return FusedLayout(groups, min(stages, _MOST_STAGES), _sample(tiles, chunks, k), image_bytes)
+            share = tuning.short_plan(d_in, dtype.itemsize).share
+            return FusedLayout(groups, min(stages, _MOST_STAGES), _sample(tiles, share, k), image_bytes)
     return None
 
 
-def _sample(tiles: int, chunks: int, k: int) -> int:
-    """An even number: 64 maxima over a share of the latents bound 1.4 k / share of them, for k up to 32; for a larger k
-    little.
-
-    A second product of all latents costs less than full buffers where rows are short, of an H200's measured times.
-    """
+def _sample(tiles: int, share: int, k: int) -> int:
+    """An even number. 64 maxima over a share of the latents bound 1.4 k times as many, for k up to 32; else little."""
     if k > 64:
         return 0
-    return 2 * -(-tiles // (2 * chunks**2)) if k <= 32 else min(16, tiles // 16 * 2)
+    return 2 * -(-tiles // (2 * share)) if k <= 32 else min(16, tiles // 16 * 2)
+
+
+class Gpu(NamedTuple):
+    """shared_bytes: of a block; hopper: whether it multiplies by wgmma."""
+
+    shared_bytes: int
+    hopper: bool
+    processors: int
 
 
 @cache
-def _block_of(device: torch.device) -> tuple[int, bool]:
-    """Bytes of shared memory of a block; whether the GPU multiplies by wgmma."""
+def _gpu_of(device: torch.device) -> Gpu:
     if device.type != "cuda":
-        return 166_912, False  # an A100's, for the tests that run the kernels on the CPU
+        return Gpu(166_912, False, 2)  # for the tests that run the kernels on the CPU
     properties = torch.cuda.get_device_properties(device)
-    return properties.shared_memory_per_block_optin, properties.major == 9
+    return Gpu(properties.shared_memory_per_block_optin, properties.major == 9, properties.multi_processor_count)
+
+
+_PANEL_ROWS, _WIDE_LATENTS, _POOL_BYTES = 128, 256, 128 * (5 * 32 + 1) * 8  # of topk_panels.cuh
+_PANELS_IN_L2, _PANEL_KEYS_BYTES = 16 * 2**20, 64 * 2**20
+_FEWEST_STRIP_TILES = 8
+
+
+def takes_panels(x: Tensor, W: Tensor, k: int, activation: int) -> bool:
+    """Whether the kernel of topk_panels.cuh can and should encode x by W."""
+    narrow = x.dtype in (torch.bfloat16, torch.float16) and x.shape[1] % 8 == 0
+    fits = _gpu_of(x.device).hopper and narrow and k <= 128 and activation != _ABS
+    aligned = x.data_ptr() % 16 == 0 and W.data_ptr() % 16 == 0
+    return fits and aligned and tuning.long_plan(x.shape[1], x.element_size()).panels
+
+
+def strips_of(d_in: int, tiles: int, processors: int) -> int:
+    """Tiles of a strip: so many strips that the panels of rows which run at once stay in L2 together."""
+    strips = -(-processors * _PANEL_ROWS * d_in * 2 // _PANELS_IN_L2)
+    return -(-tiles // max(1, min(strips, tiles // _FEWEST_STRIP_TILES)))
+
+
+def _by_panels(x, W, bias, k, activation, values, indices) -> None:
+    d_sae, processors = W.shape[0], _gpu_of(x.device).processors
+    tiles = -(-d_sae // _WIDE_LATENTS)
+    strip_tiles = strips_of(x.shape[1], tiles, processors)
+    strips = -(-tiles // strip_tiles)
+    lines = _lines(bias, d_sae, tiles * _WIDE_LATENTS, x, -torch.inf if activation == _NONE else 0.0)
+    pool = x.new_empty(processors * _POOL_BYTES, dtype=torch.uint8)
+    rows = max(1, _PANEL_KEYS_BYTES // (strips * k * 8) // _PANEL_ROWS) * _PANEL_ROWS
+    keys = x.new_empty(min(rows, x.shape[0]), strips, k, dtype=torch.int64)
+    for top in range(0, x.shape[0], rows):
+        part = x[top : top + rows]
+        found = keys[: part.shape[0]]
+        _ops.cuda_topk_encode_panels(part, W, lines, pool, found, activation, strip_tiles)
+        best = found.flatten(1).topk(k, dim=1).values
+        _ops.cuda_topk_write_codes(best, values[top : top + rows], indices[top : top + rows], activation)
+
+
+def _lines(bias: Tensor | None, d_sae: int, padded: int, x: Tensor, beyond: float) -> Tensor:
+    """[padded / 64, 64]: of 64 biases, those of a quarter of a warp in fours side by side (topk_stream.cuh)."""
+    line = x.new_full((padded,), beyond, dtype=torch.float32)
+    line[:d_sae] = 0 if bias is None else bias
+    return line.view(-1, 4, 2, 4, 2).transpose(2, 3).reshape(-1, 64)
 
 
 def _by_slabs(x, W, screen, passed, k, activation, values, indices, trims) -> None:
     d_sae = W.shape[0]
-    rows, columns = tuning.slab_shape(x.shape[0], d_sae, x.element_size())
+    nbytes = tuning.long_plan(x.shape[1], x.element_size()).nbytes
+    rows, columns = tuning.slab_shape(x.shape[0], d_sae, nbytes)
     space = x.new_empty(rows * columns, dtype=torch.float32)
     keys = x.new_empty(rows if columns < d_sae else 0, k, dtype=torch.int64)
     for top in range(0, x.shape[0], rows):
@@ -147,7 +208,7 @@ def _by_slabs(x, W, screen, passed, k, activation, values, indices, trims) -> No
 def _by_sorting(x, W, screen, passed, k, activation, values, indices) -> None:
     """Any k: torch.topk over the distinct keys of as many whole rows as the workspace holds."""
     d_sae = W.shape[0]
-    nbytes = tuning.slab_plan(x.element_size()).nbytes
+    nbytes = tuning.long_plan(x.shape[1], x.element_size()).nbytes
     rows = max(1, min(x.shape[0], tuning.whole(nbytes // (12 * d_sae))))
     space = x.new_empty(rows, d_sae, dtype=torch.float32)
     keys = x.new_empty(rows, d_sae, dtype=torch.int64)

@@ -54,7 +54,7 @@ def by_slabs(x, W, b, k, activation, mask, values, indices, screen: Screen | Non
     the choice; it is told the slab's first row and latent.
     """
     d_sae = W.shape[0]
-    rows, columns = tuning.slab_shape(x.shape[0], d_sae, x.element_size())
+    rows, columns = tuning.slab_shape(x.shape[0], d_sae, tuning.slab_plan(x.element_size()).nbytes)
     space = x.new_empty(rows * columns, dtype=torch.float32)
     best = Selection(rows, k, activation, b, mask, x.device)
     for top in range(0, x.shape[0], rows):

@@ -1,5 +1,4 @@
-"""Configurations of the Triton kernels, by the GPU and the shape of the weights; the number of rows is never part of
-one.
+"""Configurations of the GPU kernels, by the GPU and the shape of the weights; the number of rows is never part of one.
 
 tuning.json holds what `python -m benchmarks.gpu --tune` has measured: GPU name -> kind of plan -> bucket of shapes ->
 the fields that differ from those here. Everywhere else these hold: estimates from compiled code (registers, spills).
@@ -75,6 +74,32 @@ def slab_plan(element_size: int) -> SlabPlan:
 
 
 @dataclass(frozen=True)
+class ShortPlan:
+    """Of CUDA C++, for rows that registers hold: their first bound comes from one in `share` of the latents."""
+
+    share: int
+
+
+@dataclass(frozen=True)
+class LongPlan:
+    """Of CUDA C++, for longer rows. panels: whether they go by panels, without a slab; not before a GPU measured it.
+    nbytes: of a slab.
+    """
+
+    panels: bool = False
+    nbytes: int = SlabPlan.nbytes
+
+
+def short_plan(d_in: int, element_size: int) -> ShortPlan:
+    """Where rows are short a second product of all latents costs less than full buffers, as an H200 measured it."""
+    return _tuned("short", bucket(d_in, element_size), ShortPlan(1 if d_in <= 64 else 4 if d_in <= 128 else 16))
+
+
+def long_plan(d_in: int, element_size: int) -> LongPlan:
+    return _tuned("long", bucket(d_in, element_size), LongPlan())
+
+
+@dataclass(frozen=True)
 class SelectPlan:
     """P: keys in a row's buffer and groups in its first pass; ROWS: rows of one program."""
 
@@ -104,9 +129,9 @@ def whole(rows: int) -> int:
     return rows // 16 * 16 or rows
 
 
-def slab_shape(rows: int, d_sae: int, element_size: int) -> tuple[int, int]:
+def slab_shape(rows: int, d_sae: int, nbytes: int) -> tuple[int, int]:
     """Rows and latents of one slab: whole rows where 2048 of them fit, else square pieces, so W is read seldom."""
-    cells = slab_plan(element_size).nbytes // 4
+    cells = nbytes // 4
     if rows * d_sae <= cells:
         return rows, d_sae
     columns = d_sae if d_sae <= cells // 2048 else 4096

@@ -12,6 +12,7 @@ namespace {  // of this file alone: AddressSanitizer then guards the arrays that
 #include "cuda/batch_keep.cuh"
 #include "cuda/latent_sums.cuh"
 #include "cuda/topk_fused.cuh"
+#include "cuda/topk_panels.cuh"
 #include "cuda/topk_select.cuh"
 }  // namespace
 
@@ -63,6 +64,24 @@ template <int KC, bool General> void encode_fused(int64_t rows, int d_in, int d_
   if (General) args.passed = passed.data();
   cuda_host::run(topk_encode_rows<bf16, KC, 3, General>, dim3(ceil_div(rows, kGroupRows)), fused_threads(1), args,
                  fused_bytes<3>(1, args.stages));
+}
+
+// More items than blocks, tiles and panels that are not full, more chunks than stages.
+void encode_panels(int64_t rows, int d_in, int d_sae, int k, int strip_tiles) {
+  std::vector<uint16_t> x = numbers<uint16_t>(rows * d_in, 0, 1), W = numbers<uint16_t>(d_sae * d_in, 0, 1);
+  for (auto* some : {&x, &W})
+    for (uint16_t& bits : *some) bits *= 0x3f80;  // 0 or 1
+  PanelArgs args{};
+  args.rows = rows, args.d_sae = d_sae, args.k = k, args.depth = ceil_div(d_in, kTileDepth);
+  args.tiles = ceil_div(d_sae, kWideLatents), args.strip_tiles = strip_tiles;
+  args.strips = ceil_div(args.tiles, strip_tiles), args.items = args.strips * ceil_div(rows, kPanelRows);
+  std::vector<float> lines(args.tiles * kWideLatents);
+  std::vector<unsigned char> pool(2 * kPoolBytes);
+  std::vector<int64_t> keys(rows * args.strips * k);
+  map_matrix(args.x, x.data(), rows, d_in, kPanelRows, true);
+  map_matrix(args.W, W.data(), d_sae, d_in, kWideLatents, true);
+  args.lines = lines.data(), args.pool = pool.data(), args.keys = keys.data();
+  cuda_host::run(topk_encode_panels<bf16>, dim3(2), kPanelThreads, args, kPanelBytes);
 }
 
 // Some rows have no candidate, some more than there are places.
@@ -185,6 +204,7 @@ int main() {
   encode_fused<2, true>(2, 72, 192, 40, 0);
   sort_whole_rows();
   keep_of_batch(11, 40, 150);
+  encode_panels(130, 72, 600, 20, 2);
   decode<4>(5, 3, 7, 36);
   decode<1>(3, 6, 7, 35);
   sums<4>(10, 3, 5, 36, 4);

@@ -20,8 +20,8 @@ template <class T, int KC> struct RowTile {
   void load(const T* from, int64_t first, int64_t all, int d) { x = from, row = first, rows = all, d_in = d; }
 };
 
-inline void take_registers() {}
-inline void give_registers() {}
+template <int N> void take_registers() {}
+template <int N> void give_registers() {}
 constexpr int kProductsAhead = 2;
 inline thread_local std::deque<std::function<void()>> products;
 

@@ -1,0 +1,108 @@
+"""The CUDA encoder of long rows, which writes no pre-activations either, against the fp64 oracle: on a GPU that has its
+instructions, or on the CPU.
+"""
+
+from functools import partial
+
+import cuda_library
+import pytest
+import torch
+from test_topk_encode import assert_is_topk, small_integers
+
+from sae_kernels.cuda import topk_encode as kernel
+from sae_kernels.kernels import tuning
+from sae_kernels.ops import reference
+from sae_kernels.ops.topk_encode import ACTIVATIONS
+
+encode = partial(cuda_library.call, kernel.topk_encode)
+ON_GPU = cuda_library.DEVICE == "cuda"
+
+
+@pytest.fixture(autouse=True)
+def panels_alone(monkeypatch):
+    cuda_library.load()
+    if ON_GPU and torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("this GPU has no wgmma")
+    gpu = kernel._gpu_of
+    monkeypatch.setattr(tuning, "long_plan", lambda d_in, size: tuning.LongPlan(panels=True))
+    if not ON_GPU:
+        monkeypatch.setattr(kernel, "_gpu_of", lambda device: gpu(device)._replace(hopper=True))
+    monkeypatch.setattr(kernel, "fused_layout", lambda *_: None)
+    for name in ("_by_slabs", "_by_sorting"):
+        monkeypatch.setattr(kernel, name, lambda *_, name=name: pytest.fail(f"{name} ran"))
+
+
+def assert_same(got, want):
+    assert torch.equal(got[1], want[1])
+    torch.testing.assert_close(got[0].double(), want[0].double(), rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("activation", [0, 1])
+@pytest.mark.parametrize(
+    ("dtype", "rows", "d_in", "d_sae", "k"),
+    [(torch.bfloat16, 3, 8, 61, 5), (torch.float16, 130, 72, 300, 32), (torch.bfloat16, 9, 328, 1100, 128)],
+)
+def test_ties_index_for_index(monkeypatch, dtype, rows, d_in, d_sae, k, activation):
+    """Panels, tiles, chunks and strips that are not full; fewer chunks than stages and more."""
+    monkeypatch.setattr(kernel, "_FEWEST_STRIP_TILES", 2)
+    monkeypatch.setattr(kernel, "_PANELS_IN_L2", 1)
+    x, W, b = small_integers(rows, d_in, d_sae, dtype, seed=activation)
+    for shift in (0, 400):  # few or no positive latents: the lowest latents fill up
+        got = encode(x, W, b - shift, k, activation, None)
+        assert_same(got, reference.topk_encode(x, W, b - shift, k, ACTIVATIONS[activation]))
+
+
+def test_random(monkeypatch):
+    """Several launches, whose rows find the buffers of those before."""
+    monkeypatch.setattr(kernel, "_PANEL_KEYS_BYTES", 1)
+    g = torch.Generator().manual_seed(3)
+    rows, d_in, d_sae = (3000, 1000, 9000) if ON_GPU else (260, 72, 700)
+    x, W, b = (torch.randn(*s, generator=g).bfloat16() for s in ((rows, d_in), (d_sae, d_in), (d_sae,)))
+    for bias in (b, None):
+        for activation in (0, 1):
+            assert_is_topk(*encode(x, W, bias, 32, activation, None), x, W, bias, 32, ACTIVATIONS[activation])
+
+
+@pytest.mark.parametrize("rising", [True, False])
+def test_rising_scores_fill_every_buffer_again_and_again(rising):
+    scores = torch.arange(1024) if rising else 1024 - torch.arange(1024)
+    W = torch.zeros(1024, 16)
+    W[:, 0], W[:, 1] = scores // 32 * 32, scores % 32  # exact in 16 bits
+    x = torch.zeros(3, 16)
+    x[:, :2] = torch.tensor([1.0, 2.0, 4.0])[:, None]
+    x, W = x.bfloat16(), W.bfloat16()
+    assert_same(encode(x, W, None, 20, 0, None), reference.topk_encode(x, W, None, 20))
+
+
+def test_nan_and_infinity():
+    x, W, b = small_integers(4, 16, 300, torch.float16)
+    b[::5] = torch.nan
+    assert_same(encode(x, W, b, 70, 1, None), reference.topk_encode(x, W, b, 70, "none"))
+    x, W, b = small_integers(4, 16, 300, torch.float16)
+    x[1, 3], x[2, 3] = torch.inf, torch.nan  # beyond d_sae: infinity times 0
+    W = W.abs() + 1
+    assert_same(encode(x, W, b, 120, 0, None), reference.topk_encode(x, W, b, 120))
+
+
+def test_where_it_is_taken(monkeypatch):
+    monkeypatch.undo()
+    x, W = torch.zeros(2, 1536, dtype=torch.bfloat16), torch.zeros(512, 1536, dtype=torch.bfloat16)
+    hopper = kernel.Gpu(232_448, True, 132)
+    monkeypatch.setattr(kernel, "_gpu_of", lambda device: hopper)
+    assert not kernel.takes_panels(x, W, 32, 0)  # nothing was measured
+    monkeypatch.setattr(tuning, "long_plan", lambda d_in, size: tuning.LongPlan(panels=True))
+    assert kernel.takes_panels(x, W, 128, 1)
+    narrow, unaligned = x[:, :1532].contiguous(), x.flatten()[1:1537].view(1, 1536)
+    for case in (
+        (x, W, 129, 0),
+        (x, W, 32, 2),
+        (x.float(), W.float(), 32, 0),
+        (narrow, W, 32, 0),
+        (unaligned, W, 32, 0),
+    ):
+        assert not kernel.takes_panels(*case)
+    monkeypatch.setattr(kernel, "_gpu_of", lambda device: hopper._replace(hopper=False))
+    assert not kernel.takes_panels(x, W, 128, 1)
+    assert [kernel.strips_of(d_in, tiles, 132) for d_in, tiles in ((1536, 96), (4096, 512), (64, 96), (4096, 5))] == [
+        24, 57, 96, 5,
+    ]  # fmt: skip
