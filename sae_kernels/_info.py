@@ -13,12 +13,15 @@ GPU_VERIFIED: dict[str, str | None] = {
     **dict.fromkeys(("topk_encode", "sparse_decode", "sae_loss", "ActivationStats", "threshold_encode"), "NVIDIA H200"),
     "batch_topk_encode": None,
 }
+# whose kernels have been changed after that
+GPU_CHANGED = frozenset({"topk_encode", "threshold_encode"})
 
 
 def info() -> dict[str, Any]:
     """Versions, devices, threads, the native libraries, the CPU's instruction set, the backend ops take on the CPU.
 
-    `gpu_verified` names, per op, the GPU on which it has been checked, or says that there is none yet.
+    `gpu_verified` names, per op, the GPU on which it has been checked, and says where its kernels are newer than that
+    or where there is none yet.
     """
     from . import __version__
     from .ops import _backend
@@ -38,8 +41,13 @@ def info() -> dict[str, Any]:
         "instruction_set": _native.cpu_isa(),
         "backend": forced if forced != "auto" else ("cpu" if loaded else "reference"),
         "backend_forced": forced != "auto",
-        "gpu_verified": {op: gpu or "not yet verified on a GPU" for op, gpu in GPU_VERIFIED.items()},
+        "gpu_verified": {op: _verified(op) for op in GPU_VERIFIED},
     }
+
+
+def _verified(op: str) -> str:
+    newer = " (its kernels have changed since)" if op in GPU_CHANGED else ""
+    return f"{GPU_VERIFIED[op]}{newer}" if GPU_VERIFIED[op] else "not yet verified on a GPU"
 
 
 def format_info(facts: dict[str, Any]) -> str:
