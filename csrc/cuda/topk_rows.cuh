@@ -124,6 +124,12 @@ template <int Keys> __device__ __forceinline__ void cut_full_rows(const RowArgs&
   }
 }
 
+// x in a register: a compiler that knew where it comes from would make every number from it anew.
+__device__ __forceinline__ uint32_t held(uint32_t x) {
+  asm("" : "+r"(x));
+  return x;
+}
+
 // In a row, bit 2 j + e stands for latent 8 j + e of the tile; in acc it is at place_of(row, bit).
 __host__ __device__ constexpr int place_of(int row, int bit) { return bit / 2 * 4 + row * 2 + bit % 2; }
 
@@ -173,16 +179,19 @@ template <int Keys, bool General, int First> struct HalfTile {
   // What passes joins the segments. Straight on, without a branch or a word to the other lanes: as long as some of a
   // thousand accumulators pass in each tile, no jump over the others pays.
   __device__ __forceinline__ void join(unsigned char* pool, RowState& rows) const {
+    uint32_t low = held(low_half_of(latent_of(First)));
 #pragma unroll
-    for (int bit = First; bit < First + kHalfBits; ++bit)
+    for (int bit = First; bit < First + kHalfBits; ++bit) {
+      if (bit > First) low = held(low - 2 * (latent_of(bit) - latent_of(bit - 1)));
 #pragma unroll
       for (int row = 0; row < 2; ++row) {
         if (!passes(rows, row, bit)) continue;
         auto* at = reinterpret_cast<uint32_t*>(pool + rows.next[row] + row * kUpperRow<Keys>);
-        at[0] = low_half_of(latent_of(bit));  // two stores: for one, registers would have to be brought together
+        at[0] = low;  // two stores: for one, registers would have to be brought together
         at[1] = __float_as_uint(acc[place_of(row, bit)]);
         rows.next[row] += sizeof(uint64_t);
       }
+    }
     if constexpr (!General) return;
     if (!a.passed) return;
     const bool whole = (latent | (kTileLatents - 1)) < a.d_sae;
