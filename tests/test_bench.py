@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import os
 import re
 import signal
@@ -184,6 +185,11 @@ def test_percentiles_rates_and_ceiling():
 def test_a_bandwidth_bound_op_is_measured_against_the_copy():
     case = Case("c", 1000, 100, 2000, 10)
     assert LIMIT.least_seconds("sparse_decode", "forward", case) == least_bytes("sparse_decode", "forward", case) / 1e10
+    slow_cache = replace(LIMIT, cache=1e9)  # k rows of 4-byte weights for each row
+    assert slow_cache.least_seconds("sparse_decode", "forward", case) == case.rows * case.k * case.d_in * 4 / 1e9
+    assert slow_cache.least_seconds("topk_encode", "forward", case) == LIMIT.least_seconds(
+        "topk_encode", "forward", case
+    )
 
 
 @pytest.mark.parametrize(("op", "mode"), CELLS)
@@ -197,6 +203,8 @@ def test_ceilings_are_rates_of_this_machine():
     assert set(limits) == {"float32", "bfloat16"}
     assert all(1e8 < limit.copy < 1e13 and 1e8 < limit.product < 1e15 for limit in limits.values())
     assert limits["bfloat16"].product >= limits["float32"].product
+    assert limits["float32"].cache == math.inf  # of a GPU alone
+    assert 1e8 < measure._cache_rate("cpu", mib=1, times=4) < 1e13
 
 
 def test_rounds_are_interleaved_and_nobody_keeps_a_neighbour():

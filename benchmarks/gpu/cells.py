@@ -30,7 +30,7 @@ RESTARTS = 8
 
 @dataclass
 class State:
-    """What one process hands to the next. broken: "cell" -> provider -> status; ceilings: dtype -> copy, product."""
+    """What one process hands to the next. broken: "cell" -> provider -> status; ceilings: dtype -> Ceilings."""
 
     device: str
     folder: str
@@ -97,9 +97,10 @@ def _ceilings(state: State, cells: list[Cell]) -> dict[str, measure.Ceilings]:
     if not state.ceilings:
         small = {"size": 128, "mib": 1} if state.device == "cpu" else {}
         found = measure.ceilings({cell.case.dtype for cell in cells}, state.device, **small)
-        state.ceilings = {dtype: [limit.copy, limit.product] for dtype, limit in found.items()}
-        for dtype, (copy, product) in sorted(state.ceilings.items()):
-            print(f"ceiling, {dtype}: copy {copy / 1e9:.0f} GB/s, product {product / 1e12:.1f} TFLOP/s", flush=True)
+        state.ceilings = {dtype: [limit.copy, limit.product, limit.cache] for dtype, limit in found.items()}
+        for dtype, (copy, product, cache) in sorted(state.ceilings.items()):
+            rates = f"copy {copy / 1e9:.0f} GB/s, L2 {cache / 1e9:.0f} GB/s, product {product / 1e12:.1f} TFLOP/s"
+            print(f"ceiling, {dtype}: {rates}", flush=True)
     return {dtype: measure.Ceilings(*rates) for dtype, rates in state.ceilings.items()}
 
 

@@ -46,7 +46,7 @@ def _judged(name: str, cell: dict[str, dict[str, Row]]) -> list[str]:
         found.append(_text("encode's extra MiB", mine.extra_bytes / 2**20, EXTRA_MIB, above=False))
     mine = decode.get("sae_kernels")
     if mine is not None and mine.pct_of_ceiling is not None:
-        found.append(_text("decode's % of its bound by device memory", mine.pct_of_ceiling, DECODE_PERCENT))
+        found.append(_text("decode's % of its bound by memory or L2", mine.pct_of_ceiling, DECODE_PERCENT))
     return [text for text in found if text]
 
 

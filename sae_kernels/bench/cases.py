@@ -130,6 +130,12 @@ def result_bytes(op: str, mode: str, case: Case) -> int:
     }.get((op, mode), 0)
 
 
+def gathered_bytes(op: str, mode: str, case: Case) -> int:
+    """What has to come from a cache that holds the weights, where a row's weights are picked one by one."""
+    picked = case.rows * case.k * case.d_in * FLOAT_BYTES[case.dtype]
+    return {("sparse_decode", "forward"): picked, ("sparse_decode", "backward"): picked}.get((op, mode), 0)
+
+
 def least_bytes(op: str, mode: str, case: Case) -> int:
     """What has to cross the memory bus once: every input read, every result written."""
     size = FLOAT_BYTES[case.dtype]

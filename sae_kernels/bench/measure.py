@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import gc
+import math
 import os
 import random
 import sys
@@ -15,7 +16,7 @@ from typing import Any
 
 import torch
 
-from .cases import Case, flops, least_bytes, result_bytes
+from .cases import Case, flops, gathered_bytes, least_bytes, result_bytes
 
 COLUMNS = (
     "op mode provider backend rows d_in d_sae k dtype p20_ms p50_ms p80_ms gb_s gflop_s pct_of_ceiling extra_bytes "
@@ -60,13 +61,17 @@ class Row:
 
 @dataclass(frozen=True)
 class Ceilings:
-    """Bytes per second of a large copy (read and write counted), operations per second of a large product."""
+    """Bytes per second of a large copy (read and write counted), operations per second of a large product; bytes per
+    second read from the L2 cache of a GPU, infinite where that was not measured.
+    """
 
     copy: float
     product: float
+    cache: float = math.inf
 
     def least_seconds(self, op: str, mode: str, case: Case) -> float:
-        return max(flops(op, mode, case) / self.product, least_bytes(op, mode, case) / self.copy)
+        least = flops(op, mode, case) / self.product, least_bytes(op, mode, case) / self.copy
+        return max(*least, gathered_bytes(op, mode, case) / self.cache)
 
 
 def ceilings(
@@ -85,7 +90,14 @@ def ceilings(
     for dtype in sorted({"float32", *dtypes}):
         a = torch.randn(size, size, device=device).to(getattr(torch, dtype))
         rates[dtype] = 2 * size**3 / best_seconds(lambda a=a: a @ a, device)
-    return {dtype: Ceilings(copy, max(rates["float32"], rates[dtype])) for dtype in {"float32", *dtypes}}
+    cache = _cache_rate(device) if is_cuda(device) else math.inf
+    return {dtype: Ceilings(copy, max(rates["float32"], rates[dtype]), cache) for dtype in {"float32", *dtypes}}
+
+
+def _cache_rate(device: str, mib: int = 8, times: int = 256) -> float:
+    """Of the faster of two reductions that read the same few MiB again and again, from one end to the other."""
+    again = torch.ones(mib * 2**18, device=device).expand(times, -1)
+    return times * mib * 2**20 / min(best_seconds(run, device) for run in (lambda: again.sum(1), lambda: again.amax(1)))
 
 
 def best_seconds(run: Callable[[], Any], device: str, times: int = 5) -> float:
