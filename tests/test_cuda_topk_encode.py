@@ -48,6 +48,18 @@ def test_every_latent_and_more_than_the_buffers_hold(activation):
 
 
 @pytest.mark.parametrize("activation", range(3))
+def test_fewer_latents_compete_than_are_wanted(activation):
+    """The first others fill up, once; those after them are out, though no score is."""
+    x, W, b = small_integers(3, 8, 1500, torch.float32)
+    b[700] = -torch.inf  # of all that compete the lowest
+    mask = torch.zeros(1500, dtype=torch.bool)
+    mask[[3, 700, 701, 1499]] = True
+    for k in (30, 100):
+        got = encode(x, W, b, k, activation, mask)
+        assert_same(got, reference.topk_encode(x, W, b, k, ACTIVATIONS[activation], mask))
+
+
+@pytest.mark.parametrize("activation", range(3))
 def test_chunks_of_rows_and_latents(monkeypatch, activation):
     """Every row and every running list passes several; a first chunk has fewer latents than k."""
     monkeypatch.setattr(tuning, "slab_shape", lambda rows, d_sae, nbytes: (min(rows, 4), min(d_sae, 100)))

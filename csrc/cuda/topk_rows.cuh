@@ -64,7 +64,7 @@ template <int Keys> __device__ __forceinline__ void begin_rows(const RowArgs& a,
   }
 }
 
-// Rises the bounds of the warp's rows to the k-th largest of 2 N group maxima each.
+// Raises the bounds of the warp's rows to the k-th largest of 2 N group maxima each.
 template <int N> __device__ void bound_rows(const RowArgs& a, const float (&best)[N], RowState& rows) {
   uint32_t order[N];
 #pragma unroll

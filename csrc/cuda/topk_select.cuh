@@ -92,7 +92,7 @@ template <class P, int Act, bool Limited> struct WarpBuffer {
   const SelectArgs& a;
   uint64_t* entries;
   int used = 0;      // of the lane's, in steps of kStep bytes
-  bool trimmed = false;
+  bool trimmed = false, full = false;  // full: k are there, so that no latent can join that does not compete
   float bound;       // scores up to it are out; NaN: none is
 
   __device__ __forceinline__ int lane() const { return threadIdx.x % kWarp; }
@@ -118,7 +118,9 @@ template <class P, int Act, bool Limited> struct WarpBuffer {
       lowest = min(lowest, order_in(key));
       some += key > 0;
     }
-    set_count(__reduce_add_sync(kAllLanes, some));
+    some = __reduce_add_sync(kAllLanes, some);
+    set_count(some);
+    full = some == a.k;
     raise_to(~__reduce_max_sync(kAllLanes, ~lowest));
   }
   // Down to the k best, or to at most `most`; returns how many there are.
@@ -128,37 +130,40 @@ template <class P, int Act, bool Limited> struct WarpBuffer {
     const auto from = [&](int i) { return i < count ? i * kWarp + lane() : -1; };
     const int kept = cut<kLaneEntries>(entries, from, a.k, most, *this, [](int j) { return j; }, order);
     set_count(kept);
-    if (kept >= a.k) raise_to(order);
+    full = kept >= a.k;
+    if (full) raise_to(order);
     return kept;
   }
   __device__ __forceinline__ bool passes(float pre) const { return !((Act == kAbs ? fabsf(pre) : pre) <= bound); }
-  template <int V> __device__ __forceinline__ bool fits(const float (&pre)[V], bool inside) const {
+  template <int V> __device__ __forceinline__ bool fits(const float (&pre)[V], unsigned out) const {
     if (!__any_sync(kAllLanes, used > (kLaneEntries - V) * kStep)) return true;
     int after = used;
 #pragma unroll
     for (int i = 0; i < V; ++i)
-      if (inside && passes(pre[i])) after += kStep;
+      if (!(out >> i & 1) && passes(pre[i])) after += kStep;
     return !__any_sync(kAllLanes, after > kLaneEntries * kStep);
   }
-  template <int V> __device__ __forceinline__ void put(const float (&pre)[V], int latent) {
+  template <int V, bool Masked>
+  __device__ __forceinline__ void put(const float (&pre)[V], unsigned out, int latent) {
 #pragma unroll
     for (int i = 0; i < V; ++i) {
-      if (!passes(pre[i])) continue;
+      if ((Masked && (out >> i & 1)) || !passes(pre[i])) continue;
       auto* at = reinterpret_cast<uint32_t*>(reinterpret_cast<unsigned char*>(entries + lane()) + used);
       at[0] = low_half_of(latent + i);
       at[1] = __float_as_uint(pre[i]);
       used += kStep;
     }
   }
-  // What passes the bound of columns `column` on, pack by pack. They come in ascending order: of equal scores the first
-  // ones stay.
-  template <int V, int R> __device__ __forceinline__ void append(const Pack<float, V> (&pre)[R], int column) {
+  // What passes the bound of columns `column` on, pack by pack, but for those in `out`, which has none unless Masked. They
+  // come in ascending order: of equal scores the first ones stay.
+  template <bool Masked, int V, int R>
+  __device__ __forceinline__ void append(const Pack<float, V> (&pre)[R], const unsigned (&out)[R], int column) {
     for (int done = 0;;) {
 #pragma unroll
       for (int r = 0; r < R; ++r) {
         const int at = column + r * kWarp * V;
-        if (done != r || !fits<V>(pre[r].at, at < a.columns)) continue;
-        if (at < a.columns) put<V>(pre[r].at, a.first + at);
+        if (done != r || !fits<V>(pre[r].at, at < a.columns ? Masked ? out[r] : 0 : ~0u)) continue;
+        if (at < a.columns) put<V, Masked>(pre[r].at, out[r], a.first + at);
         done = r + 1;
       }
       if (done == R) return;
@@ -168,14 +173,15 @@ template <class P, int Act, bool Limited> struct WarpBuffer {
   }
 };
 
-// The same for a warp; what a limit or a mask leaves out comes as the lowest score.
-template <class P, int V, int Act, bool Limited>
+// The same for a warp; what a limit or a mask leaves out comes as the lowest score, or not at all.
+template <bool Masked, class P, int V, int Act, bool Limited>
 __device__ __forceinline__ void add_columns(const SelectArgs& a, const float* row, WarpBuffer<P, Act, Limited>& best,
                                             int& passed) {
   constexpr int kReads = kFlight<V, Limited>;
   constexpr float kLowest = Act == kNone ? -__builtin_huge_valf() : 0.0f;
   const int lane = threadIdx.x % kWarp;
   over_columns<kWarp, V, kReads>(a, row, lane, [&](int start, Pack<float, V>(&read)[kReads]) {
+    unsigned out[kReads] = {};
 #pragma unroll
     for (int r = 0; r < kReads; ++r) {
       const int column = start + (r * kWarp + lane) * V;
@@ -187,16 +193,19 @@ __device__ __forceinline__ void add_columns(const SelectArgs& a, const float* ro
         passed += above_floor<V, Act>(order);
 #pragma unroll
         for (int i = 0; i < V; ++i) pre[i] = order[i] > kFloor<Act> ? pre[i] : kLowest;
-      } else {
-        if (a.bias) add_pack<V>(pre, a.bias + latent);
-        if (a.mask) {
-          const Pack<uint8_t, V> mask = load_pack<V>(a.mask + latent);
+      } else if (a.bias) {
+        add_pack<V>(pre, a.bias + latent);
+      }
+      if constexpr (Masked) {
+        const Pack<uint8_t, V> mask = load_pack<V>(a.mask + latent);
 #pragma unroll
-          for (int i = 0; i < V; ++i) pre[i] = mask.at[i] ? pre[i] : kLowest;
+        for (int i = 0; i < V; ++i) {
+          pre[i] = mask.at[i] ? pre[i] : kLowest;
+          out[r] |= best.full && !mask.at[i] ? 1u << i : 0;
         }
       }
     }
-    best.template append<V>(read, start + lane * V);
+    best.template append<Masked>(read, out, start + lane * V);
   });
 }
 
@@ -207,7 +216,8 @@ __device__ void select_best_of_warp(const SelectArgs& a, const float* row, int64
   if (a.filled) best.refill(a.keys + number * a.k);
   else best.raise_to(group_bound<P, V, Act, Limited>(a, row, lane, nullptr));
   int passed = 0;
-  add_columns<P, V, Act, Limited>(a, row, best, passed);
+  if (!Limited && a.mask) add_columns<!Limited, P, V, Act, Limited>(a, row, best, passed);
+  else add_columns<false, P, V, Act, Limited>(a, row, best, passed);
   if constexpr (Limited) {
     passed = __reduce_add_sync(kAllLanes, passed);
     if (lane == 0) a.passed[number] += passed;
