@@ -154,8 +154,8 @@ template <class P, int Act, bool Limited> struct WarpBuffer {
       used += kStep;
     }
   }
-  // What passes the bound of columns `column` on, pack by pack, but for those in `out`, which has none unless Masked. They
-  // come in ascending order: of equal scores the first ones stay.
+  // What passes the bound of columns `column` on, pack by pack, but for those in `out`, which is empty unless Masked.
+  // They come in ascending order: of equal scores the first ones stay.
   template <bool Masked, int V, int R>
   __device__ __forceinline__ void append(const Pack<float, V> (&pre)[R], const unsigned (&out)[R], int column) {
     for (int done = 0;;) {
@@ -173,12 +173,14 @@ template <class P, int Act, bool Limited> struct WarpBuffer {
   }
 };
 
+// A pre-activation of the lowest score.
+template <int Act> constexpr float kLowest = Act == kNone ? -__builtin_huge_valf() : 0.0f;
+
 // The same for a warp; what a limit or a mask leaves out comes as the lowest score, or not at all.
 template <bool Masked, class P, int V, int Act, bool Limited>
 __device__ __forceinline__ void add_columns(const SelectArgs& a, const float* row, WarpBuffer<P, Act, Limited>& best,
                                             int& passed) {
   constexpr int kReads = kFlight<V, Limited>;
-  constexpr float kLowest = Act == kNone ? -__builtin_huge_valf() : 0.0f;
   const int lane = threadIdx.x % kWarp;
   over_columns<kWarp, V, kReads>(a, row, lane, [&](int start, Pack<float, V>(&read)[kReads]) {
     unsigned out[kReads] = {};
@@ -192,7 +194,7 @@ __device__ __forceinline__ void add_columns(const SelectArgs& a, const float* ro
         to_orders<V, Act, true>(a, column, read[r], order);
         passed += above_floor<V, Act>(order);
 #pragma unroll
-        for (int i = 0; i < V; ++i) pre[i] = order[i] > kFloor<Act> ? pre[i] : kLowest;
+        for (int i = 0; i < V; ++i) pre[i] = order[i] > kFloor<Act> ? pre[i] : kLowest<Act>;
       } else if (a.bias) {
         add_pack<V>(pre, a.bias + latent);
       }
@@ -200,7 +202,7 @@ __device__ __forceinline__ void add_columns(const SelectArgs& a, const float* ro
         const Pack<uint8_t, V> mask = load_pack<V>(a.mask + latent);
 #pragma unroll
         for (int i = 0; i < V; ++i) {
-          pre[i] = mask.at[i] ? pre[i] : kLowest;
+          pre[i] = mask.at[i] ? pre[i] : kLowest<Act>;
           out[r] |= best.full && !mask.at[i] ? 1u << i : 0;
         }
       }

@@ -66,7 +66,7 @@ template <int KC, bool General> void encode_fused(int64_t rows, int d_in, int d_
                  fused_bytes<3>(1, args.stages));
 }
 
-// More items than blocks, tiles and panels that are not full, more chunks than stages.
+// One block for two items, tiles and panels that are not full, more chunks than stages.
 void encode_panels(int64_t rows, int d_in, int d_sae, int k, int strip_tiles) {
   std::vector<uint16_t> x = numbers<uint16_t>(rows * d_in, 0, 1), W = numbers<uint16_t>(d_sae * d_in, 0, 1);
   for (auto* some : {&x, &W})
@@ -76,12 +76,12 @@ void encode_panels(int64_t rows, int d_in, int d_sae, int k, int strip_tiles) {
   args.tiles = ceil_div(d_sae, kWideLatents), args.strip_tiles = strip_tiles;
   args.strips = ceil_div(args.tiles, strip_tiles), args.items = args.strips * ceil_div(rows, kPanelRows);
   std::vector<float> lines(args.tiles * kWideLatents);
-  std::vector<unsigned char> pool(2 * kPoolBytes);
+  std::vector<unsigned char> pool(kPoolBytes);
   std::vector<int64_t> keys(rows * args.strips * k);
   map_matrix(args.x, x.data(), rows, d_in, kPanelRows, true);
   map_matrix(args.W, W.data(), d_sae, d_in, kWideLatents, true);
   args.lines = lines.data(), args.pool = pool.data(), args.keys = keys.data();
-  cuda_host::run(topk_encode_panels<bf16>, dim3(2), kPanelThreads, args, kPanelBytes);
+  cuda_host::run(topk_encode_panels<bf16>, dim3(1), kPanelThreads, args, kPanelBytes);
 }
 
 // Some rows have no candidate, some more than there are places.
@@ -201,10 +201,10 @@ int main() {
   select<SelectPlan<32, 2, 4, 256>, 4>(3, 400, 5, 0);
   select<SelectPlan<32, 2, 8, 256>, 1>(2, 611, 40, 1);
   encode_fused<1, false>(3, 16, 512, 20, 2);
-  encode_fused<2, true>(2, 72, 192, 40, 0);
+  encode_fused<2, true>(2, 72, 800, 40, 0);
   sort_whole_rows();
   keep_of_batch(11, 40, 150);
-  encode_panels(130, 72, 600, 20, 2);
+  encode_panels(3, 72, 600, 20, 2);
   decode<4>(5, 3, 7, 36);
   decode<1>(3, 6, 7, 35);
   sums<4>(10, 3, 5, 36, 4);
