@@ -65,7 +65,8 @@ def topk_encode(
     indices of a row are valid and distinct also where fewer than k latents fire. NaN ranks highest. Selection is on
     pre-activations accumulated in float32 (float64 for float64). Differentiable once in x, W_enc and b_enc; a slot
     whose value is 0 under relu passes no gradient. Workspace, whatever rows x d_sae is: on CPU about 24 MiB and 1.5 MiB
-    per thread, in Triton at most 160 MiB, in CUDA C++ 32 MiB and 8 k bytes per row of a chunk.
+    per thread, in Triton at most 160 MiB, in CUDA C++ 32 MiB and 8 k bytes per row of a chunk, or a copy of W_enc where
+    it has 16 bits and d_in is up to 256.
 
     Under autocast, tensors of different floating dtypes are brought to W_enc's. Raises TypeError or ValueError that
     names the argument, before any work.
