@@ -259,7 +259,7 @@ def test_tuning_sweeps_fields_that_the_plans_have(monkeypatch):
     assert {kind: set(f) - set(plans[kind].__dataclass_fields__) for kind, f in tuner.FIELDS.items()} == dict.fromkeys(
         plans, set()
     )
-    assert tuple(tuner.FIELDS) == TUNED
+    assert tuple(kind for kind in tuner.FIELDS if kind not in ("short", "long")) == TUNED  # those are of CUDA C++
     small = replace(HEADLINE[0], rows=2)
     subjects = list(tuner.subjects(small, "cpu"))
     assert {s.kind for s in subjects} == set(plans) - {"short", "long"}  # which CUDA C++ has

@@ -34,7 +34,14 @@ SMALL = (
 )
 TINY = Case("tiny", 4, 8, 40, 3, "float32", (*EVERY, "serving"), quick=True)
 
-TUNED = ("fused", "select", "slab", "short", "long", "decode", "sums", "dot")  # kinds of plans that are swept
+TUNED = (
+    "fused",
+    "select",
+    "slab",
+    "decode",
+    "sums",
+    "dot",
+)  # plans that are swept: Triton's, to be compiled
 
 
 class Cell(NamedTuple):

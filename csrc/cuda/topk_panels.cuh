@@ -1,7 +1,7 @@
 // The k best of every row without pre-activations in memory, for rows too long for registers: a block takes 128 rows
 // and a strip of the latents at a time, two warpgroups multiply them by 256 latents after 256, and what a tile leaves
-// in their accumulators goes through topk_rows.cuh. The rows' buffers lie in global memory, a block's own, and so in L2.
-// Of a strip, every row leaves its k best; the strips' are put together afterwards. Blocks that run at once take few
+// in their accumulators goes through topk_rows.cuh. The rows' buffers lie in global memory, a block's own, and so in
+// L2. Of a strip, every row leaves its k best; the strips' are put together afterwards. Blocks that run at once take few
 // panels of rows and all strips, so that x and what W has in use stay in L2.
 //
 // Traffic: of 48 KiB from L2, 128 x 256 x 64 products; 128 accumulators of a thread are looked through once for all of
@@ -112,20 +112,6 @@ template <class T> __device__ __forceinline__ void wide_tile(const PanelArgs& a,
   }
 }
 
-// The k best of a row and a strip; `first` to `end`: the strip's latents.
-__device__ __forceinline__ void finish_strip(const PanelArgs& a, const RowState& rows, int quad, int half,
-                                             uint64_t* buffer, int first, int end, int64_t* keys) {
-  const int lane = threadIdx.x % kWarp;
-  const KeyOf read(a);
-  uint32_t bound;
-  int n = cut_row<kPanelKeys>(rows, quad, half, buffer, a.k, a.k, read, [](int j) { return j; }, bound);
-  for (int at = lane; at < n; at += kWarp) buffer[at] = read(buffer[at]);
-  __syncwarp();
-  n = fill_up(a, buffer, n, first, min(end, a.d_sae));
-  for (int j = lane; j < a.k; j += kWarp) keys[j] = int64_t((j < n ? buffer[j] : 0) ^ kFlip);
-  __syncwarp();
-}
-
 // One warp's rows of all items of its block.
 template <class T> __device__ void select_strips(const PanelArgs& a, const PanelShared& shared, int warp) {
   const int lane = threadIdx.x % kWarp;
@@ -152,9 +138,13 @@ template <class T> __device__ void select_strips(const PanelArgs& a, const Panel
 #pragma unroll 1
     for (int number = 0; number < kWarpRows; ++number) {
       const int64_t mine = row + warp * kWarpRows + number;
-      if (mine < a.rows)
-        finish_strip(a, rows, number % 8, number / 8, buffers + number * kRowKeys<kPanelKeys>, first * kWideLatents,
-                     end * kWideLatents, a.keys + (mine * a.strips + strip) * a.k);
+      if (mine >= a.rows) break;
+      uint64_t* buffer = buffers + number * kRowKeys<kPanelKeys>;
+      const int n = best_keys<kPanelKeys>(a, rows, number % 8, number / 8, buffer, first * kWideLatents,
+                                          min(end * kWideLatents, a.d_sae));
+      int64_t* keys = a.keys + (mine * a.strips + strip) * a.k;
+      for (int j = lane; j < a.k; j += kWarp) keys[j] = int64_t((j < n ? buffer[j] : 0) ^ kFlip);
+      __syncwarp();
     }
   });
 }

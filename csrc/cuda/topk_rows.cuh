@@ -240,23 +240,30 @@ __device__ __forceinline__ int fill_up(const RowArgs& a, uint64_t* buffer, int n
   return n;
 }
 
+// The k best keys of a row, in any order, at the beginning of its buffer; returns how many there are in latents `first`
+// to `end`, fewer than k only where these are fewer.
+template <int Keys> __device__ __forceinline__ int best_keys(const RowArgs& a, const RowState& rows, int quad, int half,
+                                                             uint64_t* buffer, int first, int end) {
+  const KeyOf read(a);
+  uint32_t bound;
+  const int n = cut_row<Keys>(rows, quad, half, buffer, a.k, a.k, read, [](int j) { return j; }, bound);
+  for (int at = threadIdx.x % kWarp; at < n; at += kWarp) buffer[at] = read(buffer[at]);
+  __syncwarp();
+  return fill_up(a, buffer, n, first, end);
+}
+
 // The end of one row: its k best keys, in order.
 template <int Keys> __device__ void finish_row(const RowArgs& a, const RowState& rows, int quad, int half,
                                                int64_t row, uint64_t* buffer) {
   const int lane = threadIdx.x % kWarp;
   const bool is_abs = a.activation == kAbs;
-  const KeyOf read(a);
-  uint32_t bound;
-  const int n = cut_row<Keys>(rows, quad, half, buffer, a.k, a.k, read, [](int j) { return j; }, bound);
-  if (n == a.k && a.k <= kWarp) {
-    uint64_t key[1] = {lane < n ? read(buffer[lane]) : 0};
+  best_keys<Keys>(a, rows, quad, half, buffer, 0, a.d_sae);
+  if (a.k <= kWarp) {
+    uint64_t key[1] = {lane < a.k ? buffer[lane] : 0};
     sort_warp(key);
     if (lane < a.k) write_code(a.values, a.indices, a.dtype, row * a.k + lane, key[0], is_abs);
     return;
   }
-  for (int at = lane; at < n; at += kWarp) buffer[at] = read(buffer[at]);
-  __syncwarp();
-  fill_up(a, buffer, n, 0, a.d_sae);
   sort_descending<WarpTeam>(buffer, a.k, a.k, lane);
   for (int j = lane; j < a.k; j += kWarp) write_code(a.values, a.indices, a.dtype, row * a.k + j, buffer[j], is_abs);
 }
