@@ -1,8 +1,8 @@
 // The k best of every row without pre-activations in memory, for rows too long for registers: a block takes 128 rows
 // and a strip of the latents at a time, two warpgroups multiply them by 256 latents after 256, and what a tile leaves
 // in their accumulators goes through topk_rows.cuh. The rows' buffers lie in global memory, a block's own, and so in
-// L2. Of a strip, every row leaves its k best; the strips' are put together afterwards. Blocks that run at once take few
-// panels of rows and all strips, so that x and what W has in use stay in L2.
+// L2. Of a strip, every row leaves its k best; the strips' are put together afterwards. Blocks that run at once take
+// few panels of rows and all strips, so that x and what W has in use stay in L2.
 //
 // Traffic: of 48 KiB from L2, 128 x 256 x 64 products; 128 accumulators of a thread are looked through once for all of
 // the depth.
