@@ -66,6 +66,12 @@ FAULTS = {
         "    __syncwarp();  // of all lanes\n",
         "data race",
     ),
+    "moves entries that another lane has not read yet": (
+        "thread",
+        "    __syncwarp();  // all lanes have read theirs\n",
+        "",
+        "data race",
+    ),
     "no __syncthreads before the table is read": (
         "thread",
         "  __syncthreads();\n  for (int slot",

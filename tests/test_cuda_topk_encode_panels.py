@@ -23,10 +23,7 @@ def panels_alone(monkeypatch):
     cuda_library.load()
     if ON_GPU and torch.cuda.get_device_capability()[0] != 9:
         pytest.skip("this GPU has no wgmma")
-    gpu = kernel._gpu_of
-    monkeypatch.setattr(tuning, "long_plan", lambda d_in, size: tuning.LongPlan(panels=True))
-    if not ON_GPU:
-        monkeypatch.setattr(kernel, "_gpu_of", lambda device: gpu(device)._replace(hopper=True))
+    monkeypatch.setattr(kernel, "takes_panels", lambda *_: True)
     monkeypatch.setattr(kernel, "fused_layout", lambda *_: None)
     for name in ("_by_slabs", "_by_sorting"):
         monkeypatch.setattr(kernel, name, lambda *_, name=name: pytest.fail(f"{name} ran"))
@@ -52,15 +49,33 @@ def test_ties_index_for_index(monkeypatch, dtype, rows, d_in, d_sae, k, activati
         assert_same(got, reference.topk_encode(x, W, b - shift, k, ACTIVATIONS[activation]))
 
 
-def test_random(monkeypatch):
-    """Several launches, whose rows find the buffers of those before."""
-    monkeypatch.setattr(kernel, "_PANEL_KEYS_BYTES", 1)
+@pytest.mark.parametrize("at_once", [1, 2**26])
+def test_random(monkeypatch, at_once):
+    """Several launches, whose rows find the buffers of those before; clusters with several pairs of panels."""
+    monkeypatch.setattr(kernel, "_PANEL_KEYS_BYTES", at_once)
     g = torch.Generator().manual_seed(3)
-    rows, d_in, d_sae = (3000, 1000, 9000) if ON_GPU else (260, 72, 700)
+    rows, d_in, d_sae = ((3000, 1000, 9000) if at_once == 1 else (18000, 200, 2500)) if ON_GPU else (260, 72, 700)
     x, W, b = (torch.randn(*s, generator=g).bfloat16() for s in ((rows, d_in), (d_sae, d_in), (d_sae,)))
     for bias in (b, None):
         for activation in (0, 1):
             assert_is_topk(*encode(x, W, bias, 32, activation, None), x, W, bias, 32, ACTIVATIONS[activation])
+
+
+@pytest.mark.parametrize("strips, k", [(2, 5), (3, 80), (4, 100), (6, 100)])
+def test_merge(strips, k):
+    """In registers, in two sizes, and sorted as they are; some strips have fewer than k keys."""
+    g = torch.Generator().manual_seed(k)
+    scores = torch.randint(1, 30, (7, strips * k), generator=g).float()
+    latents = torch.stack([torch.randperm(strips * k, generator=g) for _ in scores])
+    orders = scores.view(torch.int32).long() | 1 << 31
+    keys = (orders << 32 | (0x7FFFFFFF - latents) << 1).view(7, strips, k)
+    keys[:, 1, k // 2 :] = 0
+    values, indices = torch.empty(7, k), torch.empty(7, k, dtype=torch.int32)
+    got = cuda_library.call(lambda *to: torch.ops.sae_kernels.cuda_topk_merge(*to) or to[1:], keys, values, indices)
+    there = keys.flatten(1) != 0
+    for row in range(7):
+        order = sorted((-s, f) for s, f in zip(scores[row][there[row]].tolist(), latents[row][there[row]].tolist()))
+        assert got[0][row].tolist() == [-s for s, _ in order[:k]] and got[1][row].tolist() == [f for _, f in order[:k]]
 
 
 @pytest.mark.parametrize("rising", [True, False])
@@ -86,7 +101,7 @@ def test_nan_and_infinity():
 
 def test_where_it_is_taken(monkeypatch):
     monkeypatch.undo()
-    x, W = torch.zeros(2, 1536, dtype=torch.bfloat16), torch.zeros(512, 1536, dtype=torch.bfloat16)
+    x, W = torch.zeros(17000, 1536, dtype=torch.bfloat16), torch.zeros(512, 1536, dtype=torch.bfloat16)
     hopper = kernel.Gpu(232_448, True, 132)
     monkeypatch.setattr(kernel, "_gpu_of", lambda device: hopper)
     assert not kernel.takes_panels(x, W, 32, 0)  # nothing was measured
@@ -101,8 +116,17 @@ def test_where_it_is_taken(monkeypatch):
         (unaligned, W, 32, 0),
     ):
         assert not kernel.takes_panels(*case)
+    assert not kernel.takes_panels(x[:2000], W, 128, 1)  # 8 pairs of panels, one strip: 8 clusters of 66
     monkeypatch.setattr(kernel, "_gpu_of", lambda device: hopper._replace(hopper=False))
     assert not kernel.takes_panels(x, W, 128, 1)
-    assert [kernel.strips_of(d_in, tiles, 132) for d_in, tiles in ((1536, 96), (4096, 512), (64, 96), (4096, 5))] == [
-        24, 57, 96, 5,
-    ]  # fmt: skip
+
+
+def test_strips(monkeypatch):
+    for rows, d_in, tiles, k, strip in (
+        (131072, 1536, 96, 64, 96),
+        (32768, 4096, 512, 64, 171),  # 138 MB of rows at once
+        (32768, 4096, 5, 64, 5),
+        (3000, 1536, 96, 64, 16),  # 12 pairs of panels for 66 clusters
+        (100, 512, 4096, 128, 128),  # 32 strips of 128 keys: the most that are merged
+    ):
+        assert kernel.strips_of(rows, d_in, tiles, k, 132) == strip

@@ -66,10 +66,18 @@ __device__ __forceinline__ void end_fill(Barrier& full) {
 }
 #endif
 
-// After `init`, before the barrier of the block that lets others see it.
+// A number in shared memory that only rises, for hints: when a warp sees what others say does not matter.
+struct Signal {
+  int at;
+
+  __device__ __forceinline__ int read() const { return *static_cast<const volatile int*>(&at); }
+  __device__ __forceinline__ void raise(int to) { atomicMax(&at, to); }
+};
+
+// After `init`, before the barrier of the block or its cluster that lets others see it.
 __device__ __forceinline__ void show_barriers() {
 #if __CUDA_ARCH__ >= 900
-  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+  asm volatile("fence.mbarrier_init.release.cluster;\nfence.proxy.async.shared::cta;" ::: "memory");
 #endif
 }
 

@@ -20,12 +20,23 @@ __device__ __forceinline__ int tile_place(int n, int c) { return n * 128 + ((c ^
 #define SK_WGMMA 0
 #endif
 
+// The 16 bytes that a row or latent has in a line: one number of its storage type, the rest 0.
+constexpr int kLinePitch = 16, kLineBytes = kTileLatents * kLinePitch;
+// Biases come into a product as a further step of its depth: a line of them times a line of ones. zeros: as long.
+struct Line { const unsigned char *at, *zeros; };
+
+__device__ __forceinline__ uint16_t one_of(bf16) { return 0x3f80; }
+__device__ __forceinline__ uint16_t one_of(fp16) { return 0x3c00; }
+
 // Depth 64 KC of the 16 rows from `row` on. x [rows, d_in], d_in even; what lies outside is 0.
 template <class T, int KC> struct RowTile {
-  uint32_t at[4 * KC][4];
+  uint32_t at[4 * KC][4], ones[4];  // ones: a line of them
 
   __device__ __forceinline__ void load(const T* x, int64_t row, int64_t rows, int d_in) {
     const int lane = threadIdx.x % kWarp;
+    ones[0] = ones[1] = lane % 4 == 0 ? one_of(T{}) : 0;
+    ones[2] = ones[3] = 0;
+    asm("" : "+r"(ones[0]), "+r"(ones[1]), "+r"(ones[2]), "+r"(ones[3]));  // to stay in registers side by side
 #pragma unroll
     for (int step = 0; step < 4 * KC; ++step)
 #pragma unroll
@@ -38,6 +49,11 @@ template <class T, int KC> struct RowTile {
 };
 
 #if SK_WGMMA
+// For wgmma: start / 16; from elements 0 to 7 to the zeros in the place of 8 to 15, / 16; 128 / 16 from 8 rows to 8.
+__device__ __forceinline__ uint64_t matrix_at(Line line) {
+  const uint32_t at = shared_address(line.at), further = shared_address(line.zeros) - at;
+  return (at >> 4) | uint64_t(further >> 4 & 0x3fff) << 16 | uint64_t(8) << 32;
+}
 // For wgmma: start / 16; stride of 8 rows 1024 / 16; 128-byte swizzle.
 __device__ __forceinline__ uint64_t matrix_at(const unsigned char* tile) {
   return (shared_address(tile) >> 4) | uint64_t(1) << 16 | uint64_t(64) << 32 | uint64_t(1) << 62;
@@ -93,15 +109,16 @@ template <int N> __device__ __forceinline__ void give_registers() {
 constexpr int kProductsAhead = SK_WGMMA ? 2 : 1;
 
 // Adds elements 64 CHUNK to 64 CHUNK + 63 of every latent in `tile`, which a barrier has shown to be there; chunk 0
-// begins anew. acc and tile belong to the product until await_products.
+// begins anew, the last one adds the biases. acc, tile and biases belong to the product until await_products.
 template <class T, int KC> __device__ __forceinline__ void multiply(float (&acc)[kAccs], const RowTile<T, KC>& rows,
-                                                                    const unsigned char* tile, int chunk) {
+                                                                    const unsigned char* tile, int chunk, Line biases) {
 #if SK_WGMMA
   asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
   const uint64_t b = matrix_at(tile);
 #pragma unroll
   for (int step = 0; step < 4; ++step)
     Mma<T>::group(acc, rows.at[4 * chunk + step], b + 2 * step, chunk + step > 0);
+  if (chunk == KC - 1) Mma<T>::group(acc, rows.ones, matrix_at(biases), 1);
   asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
 #else
   const int lane = threadIdx.x % kWarp;
@@ -119,6 +136,12 @@ template <class T, int KC> __device__ __forceinline__ void multiply(float (&acc)
       Mma<T>::warp(acc + 8 * pair, rows.at[4 * chunk + step], b[0], b[1]);
       Mma<T>::warp(acc + 8 * pair + 4, rows.at[4 * chunk + step], b[2], b[3]);
     }
+  if (chunk < KC - 1) return;
+#pragma unroll
+  for (int i = 0; i < kTileLatents / 8; ++i) {
+    const auto* at = reinterpret_cast<const uint32_t*>(biases.at + (8 * i + lane / 4) * kLinePitch);
+    Mma<T>::warp(acc + 4 * i, rows.ones, lane % 4 == 0 ? *at : 0, 0);
+  }
 #endif
 }
 

@@ -5,7 +5,8 @@
 namespace sae_kernels {
 namespace {
 
-constexpr int kFewKeys = 3, kManyKeys = 5;  // per lane, of a row's buffer
+constexpr int kFewKeys = 3, kManyKeys = 5;  // a row's buffer has 32 times as many
+constexpr int kFewest = 40;                 // the largest k of small buffers: with more they would be full all the time
 
 template <class T, int KC, int Keys> void launch_fused(const FusedArgs& args, int groups, const Tensor& x) {
   const bool general = args.activation == kAbs || args.passed;
@@ -15,7 +16,7 @@ template <class T, int KC, int Keys> void launch_fused(const FusedArgs& args, in
 }
 
 template <class T, int KC> void launch_for_k(const FusedArgs& args, int groups, const Tensor& x) {
-  if (args.k <= kLargestFused<kFewKeys>) launch_fused<T, KC, kFewKeys>(args, groups, x);
+  if (args.k <= kFewest) launch_fused<T, KC, kFewKeys>(args, groups, x);
   else launch_fused<T, KC, kManyKeys>(args, groups, x);
 }
 

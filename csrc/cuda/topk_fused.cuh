@@ -15,8 +15,8 @@
 
 namespace sae_kernels {
 
-// A tile whose product runs: the lane's first latent, and the first stage that is not given back yet.
-struct TileAhead { int latent, stage; };
+// A tile whose product runs: the lane's first latent; the first stage that is not given back yet; the last.
+struct TileAhead { int latent, stage, last; };
 
 // Tiles whose products run at once: two where there are registers for it.
 template <int KC, bool General> constexpr int kTilesAhead = KC == 1 || (KC == 2 && !General) ? kProductsAhead : 1;
@@ -28,11 +28,13 @@ __device__ __forceinline__ void give_back(const FusedArgs& a, const FusedShared&
 // Starts the product of the next tile.
 template <class T, int KC, bool General> __device__ __forceinline__ TileAhead start_tile(
     const FusedArgs& a, const FusedShared& shared, const RowTile<T, KC>& x, Stream& stream, float (&acc)[kAccs]) {
-  TileAhead ahead{stream.tile * kTileLatents + 2 * int(threadIdx.x % 4), stream.stage};
+  TileAhead ahead{stream.tile * kTileLatents + 2 * int(threadIdx.x % 4), stream.stage, 0};
 #pragma unroll
   for (int chunk = 0; chunk < KC; ++chunk) {
     shared.full[stream.stage].wait(stream.round % 2);
-    multiply(acc, x, shared.tiles + stream.stage * kTileBytes, chunk);
+    const Line biases{shared.lines_of(stream.stage), shared.zeros};
+    multiply(acc, x, shared.tiles + stream.stage * kTileBytes, chunk, biases);
+    ahead.last = stream.stage;
     stream.next_stage(a);
     if (kTilesAhead<KC, General> > 1 || chunk == 0) continue;
     await_products<1>();
@@ -44,41 +46,36 @@ template <class T, int KC, bool General> __device__ __forceinline__ TileAhead st
   return ahead;
 }
 
-// Its pre-activations, where no more than `Later` products were started after it.
-template <int KC, bool General, int Later> __device__ __forceinline__ void finish_tile(
-    const FusedArgs& a, const FusedShared& shared, TileAhead ahead, float (&acc)[kAccs], LineOfLane& limits) {
+// Calls use(acc, the tile's limits, the lane's first latent) once the product is there, where no more than `Later` others
+// were started after it, and gives its stages back: those without limits before.
+template <int KC, bool General, int Later, class F> __device__ __forceinline__ void finish_tile(
+    const FusedArgs& a, const FusedShared& shared, TileAhead tile, float (&acc)[kAccs], F&& use) {
   constexpr int kHeld = kTilesAhead<KC, General> > 1 ? KC : 1;  // stages
-  const int last = ahead.stage + kHeld - 1, stage = last < a.stages ? last : last - a.stages;
-  const float* lines = shared.lines + stage * 2 * kTileLatents;
+  const auto return_stages = [&] {
+    __syncwarp();  // of all lanes
+#pragma unroll
+    for (int held = 0; held < kHeld; ++held) give_back(a, shared, tile.stage + held);
+  };
   await_products<Later>(acc);
-  LineOfLane bias;
-  bias.load(lines);
-  if constexpr (General) limits.load(lines + kTileLatents);
-#pragma unroll
-  for (int i = 0; i < kAccs; ++i) acc[i] += bias.of(i / 4 * 2 + i % 2);
-  __syncwarp();  // all lanes have read the lines
-#pragma unroll
-  for (int held = 0; held < kHeld; ++held) give_back(a, shared, ahead.stage + held);
+  if constexpr (!General) return_stages();
+  use(acc, shared.limits(tile.last), tile.latent);
+  if constexpr (General) return_stages();
 }
 
-// Calls use(acc, limits, the lane's first latent) for the tiles up to step `end`.
+// Calls use for the tiles up to step `end`.
 template <bool General, class T, int KC, class F> __device__ __forceinline__ void over_tiles(
     const FusedArgs& a, const FusedShared& shared, const RowTile<T, KC>& x, Stream& stream, int end, F&& use) {
-  LineOfLane limits;
   while (stream.step < end) {
     if constexpr (kTilesAhead<KC, General> > 1) {
       float one[kAccs], other[kAccs];
       const TileAhead first = start_tile<T, KC, General>(a, shared, x, stream, one);
       const TileAhead second = start_tile<T, KC, General>(a, shared, x, stream, other);
-      finish_tile<KC, General, KC>(a, shared, first, one, limits);
-      use(one, limits, first.latent);
-      finish_tile<KC, General, 0>(a, shared, second, other, limits);
-      use(other, limits, second.latent);
+      finish_tile<KC, General, KC>(a, shared, first, one, use);
+      finish_tile<KC, General, 0>(a, shared, second, other, use);
     } else {
       float acc[kAccs];
       const TileAhead tile = start_tile<T, KC, General>(a, shared, x, stream, acc);
-      finish_tile<KC, General, 0>(a, shared, tile, acc, limits);
-      use(acc, limits, tile.latent);
+      finish_tile<KC, General, 0>(a, shared, tile, acc, use);
     }
   }
 }
@@ -97,15 +94,15 @@ template <class T, int KC, int Keys, bool General> __device__ void select_rows_o
     float best[kAccs];
 #pragma unroll
     for (float& b : best) b = -__builtin_huge_valf();
-    over_tiles<General>(a, shared, x, stream, a.sample, [&](const float(&acc)[kAccs], const LineOfLane&, int) {
+    over_tiles<General>(a, shared, x, stream, a.sample, [&](const float(&acc)[kAccs], const float*, int) {
 #pragma unroll
       for (int i = 0; i < kAccs; ++i) best[i] = fmaxf(best[i], is_abs ? fabsf(acc[i]) : acc[i]);
     });
     bound_rows(a, best, rows);
   }
   over_tiles<General>(a, shared, x, stream, Stream::steps(a),
-                      [&](const float(&acc)[kAccs], const LineOfLane& limits, int latent) {
-                        keep_best<Keys, General>(a, acc, limits, latent, dynamic_shared(), buffers, rows);
+                      [&](const float(&acc)[kAccs], const float* limits, int latent) {
+                        keep_best<Keys, General, 1>(a, reinterpret_cast<const float(&)[1][kAccs]>(acc), limits, latent, dynamic_shared(), buffers, rows, *shared.cuts);
                       });
 #pragma unroll 1
   for (int half = 0; half < 2; ++half) {
@@ -114,28 +111,22 @@ template <class T, int KC, int Keys, bool General> __device__ void select_rows_o
       const int64_t row = first_row + lane / 4 + 8 * half;
       if (lane % 4 == 0 && row < a.rows) a.passed[row] = passed;
     }
-#pragma unroll 1
-    for (int quad = 0; quad < kWarpRows / 2; ++quad) {
-      const int64_t row = first_row + quad + 8 * half;
-      if (row < a.rows) finish_row<Keys>(a, rows, quad, half, row, buffers + (quad + 8 * half) * kRowKeys<Keys>);
-    }
   }
+  finish_rows<Keys, General>(a, rows, first_row, buffers);
 }
 
 // Blocks of fused_threads(groups) threads for 64 * groups rows each: the last warpgroup only copies.
 template <class T, int KC, int Keys, bool General>
-__global__ void __launch_bounds__(fused_threads(kMostGroups<KC>), 1) topk_encode_rows(FusedArgs a) {
-  const FusedShared shared(a.stages);
+__global__ void __launch_bounds__(fused_threads(kMostGroups<KC, Keys>), 1) topk_encode_rows(FusedArgs a) {
+  FusedShared shared(a.stages);
   const int warp = __shfl_sync(kAllLanes, int(threadIdx.x / kWarp), 0), workers = blockDim.x / kWarp - kGroupWarps;
-  if (threadIdx.x == 0)
-    for (int s = 0; s < a.stages; ++s) shared.full[s].init(kFillers), shared.empty[s].init(workers);
-  show_barriers();
+  shared.begin(a.stages, workers);
   __syncthreads();
   if (warp >= workers) {
     give_registers<32>();
     if (warp == workers) stream_weights<KC, General>(a, shared);
   } else {
-    take_registers<160>();
+    take_registers<kRowRegisters<KC, Keys>>();
     select_rows_of_warp<T, KC, Keys, General>(
         a, shared, (int64_t(blockIdx.x) * workers + warp) * kWarpRows,
         shared.keys + warp * kWarpRows * kRowKeys<Keys>);

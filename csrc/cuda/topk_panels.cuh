@@ -4,10 +4,11 @@
 // L2. Of a strip, every row leaves its k best; the strips' are put together afterwards. Blocks that run at once take
 // few panels of rows and all strips, so that x and what W has in use stay in L2.
 //
-// Traffic: of 48 KiB from L2, 128 x 256 x 64 products; 128 accumulators of a thread are looked through once for all of
-// the depth.
+// Traffic: of 32 KiB from L2 and 16 that a neighbour sends, 128 x 256 x 64 products, as the two blocks of a cluster fetch
+// the latents for each other; 128 accumulators of a thread are looked through once for all of the depth.
 #pragma once
 
+#include "cuda/cluster.cuh"
 #include "cuda/dynamic_shared.cuh"
 #include "cuda/tensor_map.cuh"
 #include "cuda/topk_rows.cuh"
@@ -16,63 +17,89 @@
 namespace sae_kernels {
 
 constexpr int kWideParts = 4, kWideLatents = kWideParts * kTileLatents, kPanelGroups = 2;
-constexpr int kPanelRows = kPanelGroups * kGroupRows, kPanelStages = 4, kPanelKeys = 5;
+constexpr int kPanelRows = kPanelGroups * kGroupRows, kPanelStages = 4, kPanelKeys = 6;
 constexpr int kPanelThreads = (kPanelGroups + 1) * kGroupWarps * kWarp;
 constexpr int kRowsBytes = kGroupRows * kTileDepth * 2, kLatentsBytes = kWideLatents * kTileDepth * 2;
+constexpr int kBoxLatents = kWideLatents / kClusterBlocks;  // that a block fetches for all of its cluster
+constexpr int kWideLineBytes = kWideParts * kLineBytes;
 constexpr int kStageBytes = kPanelGroups * kRowsBytes + kLatentsBytes;
-constexpr int64_t kPanelBytes = 1024 + kPanelStages * (kStageBytes + 2 * sizeof(Barrier));
+constexpr int64_t kPanelBytes =
+    1024 + kPanelStages * (kStageBytes + kWideLineBytes + 2 * sizeof(Barrier)) + kLineBytes + kWideLineBytes + 16;
 constexpr int64_t kPoolBytes = int64_t(kPanelRows) * kRowKeys<kPanelKeys> * sizeof(uint64_t);  // of a block
 
 struct PanelArgs : RowArgs {
-  TensorMap x, W;        // [rows, d_in] in boxes of 128 rows, [d_sae, d_in] in boxes of 256
-  const float* lines;    // [4 tiles, 64] biases, as lines of topk_stream.cuh
+  TensorMap x, W;        // [rows, d_in] in boxes of kPanelRows, [d_sae, d_in] in boxes of kBoxLatents
+  const unsigned char* lines;  // [tiles, kWideLineBytes] biases
   unsigned char* pool;   // [blocks, kPoolBytes]
-  int64_t* keys;         // [rows, strips, k]: of each strip, in any order, for write_codes
+  uint64_t* keys;        // [rows, strips, k]: of each strip, in any order; 0: none
   int depth;             // chunks of 64 elements
   int tiles;             // of 256 latents
-  int strips, strip_tiles, items;  // items: panels x strips
+  int strips, strip_tiles, items;  // items: panels of a cluster x strips
 };
 
 struct PanelShared {
-  unsigned char* stages;
+  unsigned char *stages, *lines, *zeros, *ones;
   Barrier *full, *empty;
+  ClusterSignal* cuts;
 
   __device__ __forceinline__ PanelShared() {
     unsigned char* at = dynamic_shared();
     stages = at + (1024 - reinterpret_cast<uintptr_t>(at) % 1024) % 1024;
-    full = reinterpret_cast<Barrier*>(stages + kPanelStages * kStageBytes);
+    lines = stages + kPanelStages * kStageBytes;
+    ones = lines + kPanelStages * kWideLineBytes;
+    zeros = ones + kLineBytes;
+    full = reinterpret_cast<Barrier*>(zeros + kWideLineBytes);
     empty = full + kPanelStages;
+    cuts = reinterpret_cast<ClusterSignal*>(empty + kPanelStages);
+  }
+  // Before a barrier of the whole block. one: its bits in the type of x.
+  __device__ __forceinline__ void begin(uint32_t one, int workers) {
+    for (int i = threadIdx.x; i < (kLineBytes + kWideLineBytes) / 4; i += blockDim.x)
+      reinterpret_cast<uint32_t*>(ones)[i] = i < kLineBytes / 4 && i % (kLinePitch / 4) == 0 ? one : 0;
+    if (threadIdx.x == 0) {
+      cuts->at = 0;
+      for (int s = 0; s < kPanelStages; ++s) full[s].init(kFillers), empty[s].init(workers * kClusterBlocks);
+    }
+    show_barriers();
   }
 };
 
 // Where a warp stands in its block's stream of stages, over all of the block's items.
 struct StageAt {
-  int stage = 0, round = 0;
+  int stage = 0;
+  unsigned round = 0;
   __device__ __forceinline__ void next() {
     if (++stage == kPanelStages) stage = 0, ++round;
   }
 };
 
-// Calls use(first row, strip, its first tile, the tile after its last) for the items of this block.
+// Calls use(first row, strip, its first tile, the tile after its last) for the items of this block's cluster: blocks of
+// a cluster take neighbouring panels, the last of which may be empty.
 template <class F> __device__ __forceinline__ void over_items(const PanelArgs& a, F&& use) {
-  for (int item = blockIdx.x; item < a.items; item += gridDim.x) {
+  for (int item = blockIdx.x / kClusterBlocks; item < a.items; item += gridDim.x / kClusterBlocks) {
     const int first = item % a.strips * a.strip_tiles;
-    use(int64_t(item / a.strips) * kPanelRows, item % a.strips, first, min(a.tiles, first + a.strip_tiles));
+    const int64_t panel = int64_t(item / a.strips) * kClusterBlocks + block_of_cluster();
+    use(panel * kPanelRows, item % a.strips, first, min(a.tiles, first + a.strip_tiles));
   }
 }
 
-// One warp fills the stages.
+// One warp fills the stages: the block's rows, and its share of the latents for the whole cluster.
 __device__ void stream_panels(const PanelArgs& a, const PanelShared& shared) {
   StageAt at;
+  const int share = block_of_cluster();
   over_items(a, [&](int64_t row, int, int first, int end) {
     for (int tile = first; tile < end; ++tile)
       for (int chunk = 0; chunk < a.depth; ++chunk, at.next()) {
         if (at.round > 0) shared.empty[at.stage].wait((at.round - 1) % 2);
         unsigned char* stage = shared.stages + at.stage * kStageBytes;
         Barrier& full = shared.full[at.stage];
-        begin_fill(full, kStageBytes);
+        const bool last = chunk == a.depth - 1;
+        begin_fill(full, kStageBytes + last * kWideLineBytes);
         copy_box(stage, a.x, int(row), chunk * kTileDepth, full);
-        copy_box(stage + kPanelGroups * kRowsBytes, a.W, tile * kWideLatents, chunk * kTileDepth, full);
+        copy_box_to_all(stage + kPanelGroups * kRowsBytes + share * (kLatentsBytes / kClusterBlocks), a.W,
+                        tile * kWideLatents + share * kBoxLatents, chunk * kTileDepth, full);
+        if (last)
+          copy(shared.lines + at.stage * kWideLineBytes, a.lines + int64_t(tile) * kWideLineBytes, kWideLineBytes, full);
         end_fill(full);
       }
   });
@@ -80,10 +107,10 @@ __device__ void stream_panels(const PanelArgs& a, const PanelShared& shared) {
 
 // The pre-activations of a tile, of the warp's rows.
 template <class T> __device__ __forceinline__ void wide_tile(const PanelArgs& a, const PanelShared& shared, int group,
-                                                             int tile, StageAt& at, float (&acc)[kWideParts][kAccs]) {
+                                                             StageAt& at, float (&acc)[kWideParts][kAccs]) {
   const auto give_back = [&](int stage) {
     __syncwarp();  // of all lanes
-    if (threadIdx.x % kWarp == 0) shared.empty[stage].arrive();
+    if (threadIdx.x % kWarp == 0) arrive_at_all(shared.empty[stage]);
   };
   const auto multiply_next = [&](bool first) {
     shared.full[at.stage].wait(at.round % 2);
@@ -100,16 +127,10 @@ template <class T> __device__ __forceinline__ void wide_tile(const PanelArgs& a,
     held = at.stage;
     at.next();
   }
+  add_wide<T>(acc, {shared.ones, shared.zeros}, {shared.lines + held * kWideLineBytes, shared.zeros});
 #pragma unroll
   for (int part = 0; part < kWideParts; ++part) await_products<0>(acc[part]);
   give_back(held);
-#pragma unroll
-  for (int part = 0; part < kWideParts; ++part) {
-    LineOfLane bias;
-    bias.load(a.lines + int64_t(tile * kWideParts + part) * kTileLatents);
-#pragma unroll
-    for (int i = 0; i < kAccs; ++i) acc[part][i] += bias.of(i / 4 * 2 + i % 2);
-  }
 }
 
 // One warp's rows of all items of its block.
@@ -120,45 +141,47 @@ template <class T> __device__ void select_strips(const PanelArgs& a, const Panel
   StageAt at;
   over_items(a, [&](int64_t row, int strip, int first, int end) {
     RowState rows{};
+    rows.cuts = shared.cuts->read();
     begin_rows<kPanelKeys>(a, row + warp * kWarpRows, pool, buffers, rows);
     for (int tile = first; tile < end; ++tile) {
       float acc[kWideParts][kAccs];
-      wide_tile<T>(a, shared, warp / kGroupWarps, tile, at, acc);
+      wide_tile<T>(a, shared, warp / kGroupWarps, at, acc);
       if (tile == first) {
         float best[2 * kAccs];
 #pragma unroll
         for (int i = 0; i < 2 * kAccs; ++i) best[i] = fmaxf(acc[i / kAccs][i % kAccs], acc[i / kAccs + 2][i % kAccs]);
         bound_rows(a, best, rows);
       }
-#pragma unroll
-      for (int part = 0; part < kWideParts; ++part)
-        keep_best<kPanelKeys, false>(a, acc[part], LineOfLane(),
-                                     tile * kWideLatents + part * kTileLatents + 2 * (lane % 4), pool, buffers, rows);
+      keep_best<kPanelKeys, false>(a, acc, nullptr, tile * kWideLatents + 2 * (lane % 4), pool, buffers, rows,
+                                   *shared.cuts, tile == first);
     }
+    cut_rows<kPanelKeys, false>(a, a.k, buffers, rows);
 #pragma unroll 1
     for (int number = 0; number < kWarpRows; ++number) {
       const int64_t mine = row + warp * kWarpRows + number;
       if (mine >= a.rows) break;
       uint64_t* buffer = buffers + number * kRowKeys<kPanelKeys>;
+      uint64_t* keys = a.keys + (mine * a.strips + strip) * a.k;
+      if (entries_of<kPanelKeys>(rows, number) == a.k) {
+        for (int j = lane; j < a.k; j += kWarp) keys[j] = KeyOf(a)(entry_at<kPanelKeys>(buffer, j));
+        continue;
+      }
       const int n = best_keys<kPanelKeys>(a, rows, number % 8, number / 8, buffer, first * kWideLatents,
                                           min(end * kWideLatents, a.d_sae));
-      int64_t* keys = a.keys + (mine * a.strips + strip) * a.k;
-      for (int j = lane; j < a.k; j += kWarp) keys[j] = int64_t((j < n ? buffer[j] : 0) ^ kFlip);
+      for (int j = lane; j < a.k; j += kWarp) keys[j] = j < n ? buffer[j] : 0;
       __syncwarp();
     }
   });
 }
 
-// As many blocks as there are multiprocessors; the last warpgroup only copies.
+// Clusters for all multiprocessors; the last warpgroup only copies.
 template <class T>
 __global__ void __launch_bounds__(kPanelThreads, 1) topk_encode_panels(const __grid_constant__ PanelArgs a) {
 #if SK_HAS_WIDE
-  const PanelShared shared;
+  PanelShared shared;
   const int warp = __shfl_sync(kAllLanes, int(threadIdx.x / kWarp), 0), workers = kPanelGroups * kGroupWarps;
-  if (threadIdx.x == 0)
-    for (int s = 0; s < kPanelStages; ++s) shared.full[s].init(kFillers), shared.empty[s].init(workers);
-  show_barriers();
-  __syncthreads();
+  shared.begin(one_of(T{}), workers);
+  sync_cluster();
   if (warp >= workers) {
     give_registers<24>();
     if (warp == workers) stream_panels(a, shared);
@@ -166,7 +189,37 @@ __global__ void __launch_bounds__(kPanelThreads, 1) topk_encode_panels(const __g
     take_registers<240>();
     select_strips<T>(a, shared, warp);
   }
+  sync_cluster();  // no block ends while another still arrives at its barriers
 #endif
+}
+
+struct MergeArgs {
+  const uint64_t* keys;  // [rows, n], n from k to kLargestMerge
+  void* values;          // [rows, k]
+  int32_t* indices;      // [rows, k]
+  int64_t rows;
+  int n, k, room;        // room: a power of two, n or more
+  Out dtype;
+};
+constexpr int kMergeRows = 4, kLargestMerge = 4096;
+
+// The k best keys of a row, in order: one warp per row. N: keys of a lane, or 0 where they are too many for registers.
+template <int N> __global__ void __launch_bounds__(kMergeRows * kWarp) merge_strips(MergeArgs a) {
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  const int64_t row = int64_t(blockIdx.x) * kMergeRows + warp;
+  if (row >= a.rows) return;
+  uint64_t* buffer = reinterpret_cast<uint64_t*>(dynamic_shared()) + warp * a.room;
+  for (int i = lane; i < a.n; i += kWarp) buffer[i] = a.keys[row * a.n + i];
+  int count = a.n;
+  if constexpr (N > 0) {
+    uint32_t bound;
+    const auto from = [&](int i) { return i * kWarp + lane < a.n ? i * kWarp + lane : -1; };
+    const auto key = [](uint64_t entry) { return entry; };
+    count = cut<N>(buffer, from, a.k, a.k, key, [](int j) { return j; }, bound);
+  }
+  sort_descending<WarpTeam>(buffer, count, a.k, lane);
+  for (int j = lane; j < a.k; j += kWarp)
+    write_code(a.values, a.indices, a.dtype, row * a.k + j, buffer[j], false);
 }
 
 }  // namespace sae_kernels

@@ -44,6 +44,7 @@ struct RowState {
   int next[2];  // where in the pool of buffers the lane's next key goes, of the upper row less kUpperRow
   int begin;    // where the lower row's segment begins
   int passed[2];
+  int cuts;     // of the block's common cuts, the last that the warp took part in
 };
 template <int Keys> constexpr int kUpperRow = 8 * kRowKeys<Keys> * int(sizeof(uint64_t));
 
@@ -124,6 +125,86 @@ template <int Keys> __device__ __forceinline__ void cut_full_rows(const RowArgs&
   }
 }
 
+// The sum over the four lanes of a row.
+__device__ __forceinline__ int row_sum(int x) { return team_sum(x, 4); }
+
+// Cuts all of the warp's buffers at once, each by the four lanes of its row: to a score that a.k entries reach and, but
+// for equal ones, no more than `most`. The bound rises to it; where fewer than that are there nothing is cut. Entry j of
+// a row is then in segment j % 4, at j / 4.
+template <int Keys, bool General>
+__device__ __forceinline__ void cut_rows(const RowArgs& a, int most, uint64_t* buffers, RowState& rows) {
+  const int lane = threadIdx.x % kWarp, column = lane % 4;
+  const bool is_abs = General && a.activation == kAbs;
+  const float missing = is_abs ? 0.0f : -__builtin_huge_valf();
+  const auto score_of = [&](float pre) { return is_abs ? fabsf(pre) : pre; };
+#pragma unroll 1
+  for (int half = 0; half < 2; ++half) {
+    uint64_t* row = buffers + (lane / 4 + 8 * half) * kRowKeys<Keys>;
+    const int mine = ((half ? rows.next[1] : rows.next[0]) - rows.begin) / int(sizeof(uint64_t));
+    const float bound = half ? rows.bound[1] : rows.bound[0];
+    const auto* segment = reinterpret_cast<const uint32_t*>(row + column * kSegment<Keys>);
+    float pre[kSegment<Keys>], top = missing;
+#pragma unroll
+    for (int i = 0; i < kSegment<Keys>; ++i) {
+      pre[i] = __uint_as_float(segment[2 * i + 1]);
+      if (i >= mine) pre[i] = missing;
+      top = fmaxf(top, score_of(pre[i]));
+    }
+    top = fmaxf(top, __shfl_xor_sync(kAllLanes, top, 1));
+    top = fmaxf(top, __shfl_xor_sync(kAllLanes, top, 2));
+    uint32_t low = order_of<kNone>(bound), high = order_of<kNone>(top);
+    int reach = row_sum(mine);
+    while (__any_sync(kAllLanes, reach > most && low < high)) {
+      const uint32_t trial = low + (high - low + 1) / 2;
+      const float least = score_at(trial);
+      float counts[2] = {};
+#pragma unroll
+      for (int i = 0; i < kSegment<Keys>; ++i) counts[i % 2] += score_of(pre[i]) < least ? 0.0f : 1.0f;
+      const int count = row_sum(int(counts[0] + counts[1]));
+      if (reach <= most || low >= high) continue;
+      if (count >= a.k) low = trial, reach = count;
+      else high = trial - 1;
+    }
+    const float raised = low > order_of<kNone>(bound) ? score_at(low) : bound;
+    int kept = 0, before = 0, all = 0;
+#pragma unroll
+    for (int i = 0; i < kSegment<Keys>; ++i) kept += !(score_of(pre[i]) < raised);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int other = __shfl_sync(kAllLanes, kept, lane - column + i);
+      all += other;
+      if (i < column) before += other;
+    }
+    uint32_t latent[kSegment<Keys>];
+#pragma unroll
+    for (int i = 0; i < kSegment<Keys>; ++i) latent[i] = segment[2 * i];
+    __syncwarp();  // all lanes have read theirs
+#pragma unroll
+    for (int i = 0; i < kSegment<Keys>; ++i) {
+      if (score_of(pre[i]) < raised) continue;
+      row[before % 4 * kSegment<Keys> + before / 4] = uint64_t(__float_as_uint(pre[i])) << 32 | latent[i];
+      ++before;
+    }
+    __syncwarp();
+    const int next = rows.begin + (all + 3 - column) / 4 * int(sizeof(uint64_t));
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      if (h != half) continue;
+      rows.next[h] = next;
+      rows.bound[h] = raised;
+    }
+  }
+}
+
+// So that half a tile fits every segment.
+template <int Keys> __device__ __forceinline__ void make_room(const RowArgs& a, uint64_t* buffers, RowState& rows) {
+  const int last = rows.begin + (kSegment<Keys> - kHalfBits) * int(sizeof(uint64_t));
+  unsigned full[2];
+#pragma unroll
+  for (int row = 0; row < 2; ++row) full[row] = __ballot_sync(kAllLanes, rows.next[row] > last);
+  cut_full_rows<Keys>(a, full, buffers, rows);
+}
+
 // x in a register: a compiler that knew where it comes from would make every number from it anew.
 __device__ __forceinline__ uint32_t held(uint32_t x) {
   asm("" : "+r"(x));
@@ -133,21 +214,17 @@ __device__ __forceinline__ uint32_t held(uint32_t x) {
 // In a row, bit 2 j + e stands for latent 8 j + e of the tile; in acc it is at place_of(row, bit).
 __host__ __device__ constexpr int place_of(int row, int bit) { return bit / 2 * 4 + row * 2 + bit % 2; }
 
-// A lane's numbers of a line of 64 latents: two for each eight.
-struct LineOfLane {
-  Pack<float, 4> at[kAccs / 8];
-  __device__ __forceinline__ void load(const float* line) {
-#pragma unroll
-    for (int i = 0; i < kAccs / 8; ++i) at[i] = load_pack<4>(line + 16 * i + 4 * (threadIdx.x % 4));
-  }
-  __device__ __forceinline__ float of(int bit) const { return at[bit / 4].at[bit % 4]; }
-};
+// Where a line of 64 limits has that of a latent: those of a lane in fours.
+__host__ __device__ constexpr int limit_place(int latent) {
+  const int column = latent / 2 % 4, number = latent / 8 * 2 + latent % 2;
+  return number / 4 * 16 + column * 4 + number % 4;
+}
 
 // What a lane has of half a tile, bits First to First + kHalfBits - 1 of both rows.
 template <int Keys, bool General, int First> struct HalfTile {
   const RowArgs& a;
   const float (&acc)[kAccs];
-  const LineOfLane& limits;
+  const float* limits;  // of the tile
   int latent;  // of bit 0
 
   __device__ __forceinline__ int latent_of(int bit) const { return latent + bit / 2 * 8 + bit % 2; }
@@ -156,43 +233,34 @@ template <int Keys, bool General, int First> struct HalfTile {
     return General && a.activation == kAbs ? fabsf(pre) : pre;
   }
   __device__ __forceinline__ bool above_limit(int row, int bit) const {
-    return !(score(row, bit) <= limits.of(bit));  // NaN is
+    return !(score(row, bit) <= limits[16 * (bit / 4) + 4 * (threadIdx.x % 4) + bit % 4]);  // NaN is
   }
   __device__ __forceinline__ bool passes(const RowState& rows, int row, int bit) const {
     const bool reaches = !(score(row, bit) < rows.bound[row]);
     if constexpr (General) return reaches & above_limit(row, bit);
     else return reaches;
   }
-  // Whether it fits the segments; else full[row] has the lanes where it does not.
-  __device__ __forceinline__ bool fits(const RowState& rows, unsigned (&full)[2]) const {
-    constexpr int kBytes = sizeof(uint64_t);
-    const int end = rows.begin + kSegment<Keys> * kBytes;
-    if (!__any_sync(kAllLanes, max(rows.next[0], rows.next[1]) > end - kHalfBits * kBytes)) return true;
-    int after[2] = {rows.next[0], rows.next[1]};
-#pragma unroll
-    for (int i = 0; i < 2 * kHalfBits; ++i)
-      if (passes(rows, i / kHalfBits, First + i % kHalfBits)) after[i / kHalfBits] += kBytes;
-#pragma unroll
-    for (int row = 0; row < 2; ++row) full[row] = __ballot_sync(kAllLanes, after[row] > end);
-    return !(full[0] | full[1]);
-  }
-  // What passes joins the segments. Straight on, without a branch or a word to the other lanes: as long as some of a
-  // thousand accumulators pass in each tile, no jump over the others pays.
-  __device__ __forceinline__ void join(unsigned char* pool, RowState& rows) const {
+  // What passes joins the segments, unless `full` or, for some, there is no room: then it is set, and the half has to
+  // come again. Straight on, without a branch or a word to the other lanes: as long as some of a thousand accumulators
+  // pass in each tile, no jump over the others pays.
+  __device__ __forceinline__ void join(unsigned char* pool, RowState& rows, bool& full) const {
+    constexpr int kAtOnce = 4;
+    const int last = rows.begin + (kSegment<Keys> - kAtOnce) * int(sizeof(uint64_t));
     uint32_t low = held(low_half_of(latent_of(First)));
 #pragma unroll
     for (int bit = First; bit < First + kHalfBits; ++bit) {
+      if (bit % kAtOnce == 0) full |= max(rows.next[0], rows.next[1]) > last;
       if (bit > First) low = held(low - 2 * (latent_of(bit) - latent_of(bit - 1)));
 #pragma unroll
       for (int row = 0; row < 2; ++row) {
-        if (!passes(rows, row, bit)) continue;
-        auto* at = reinterpret_cast<uint32_t*>(pool + rows.next[row] + row * kUpperRow<Keys>);
-        at[0] = low;  // two stores: for one, registers would have to be brought together
-        at[1] = __float_as_uint(acc[place_of(row, bit)]);
+        if (full || !passes(rows, row, bit)) continue;
+        const uint64_t entry = uint64_t(__float_as_uint(acc[place_of(row, bit)])) << 32 | low;
+        *reinterpret_cast<uint64_t*>(pool + rows.next[row] + row * kUpperRow<Keys>) = entry;
         rows.next[row] += sizeof(uint64_t);
       }
     }
-    if constexpr (!General) return;
+  }
+  __device__ __forceinline__ void count_passed(RowState& rows) const {
     if (!a.passed) return;
     const bool whole = (latent | (kTileLatents - 1)) < a.d_sae;
 #pragma unroll
@@ -203,22 +271,52 @@ template <int Keys, bool General, int First> struct HalfTile {
   }
 };
 
-// The best of a tile join the buffers, half by half. latent: the lane's first one; pool: where offsets in `rows` begin.
-template <int Keys, bool General>
-__device__ __forceinline__ void keep_best(const RowArgs& a, const float (&acc)[kAccs], const LineOfLane& limits,
-                                          int latent, unsigned char* pool, uint64_t* buffers, RowState& rows) {
-  for (int done = 0;;) {
-    unsigned full[2] = {};
-    if (done == 0) {
-      const HalfTile<Keys, General, 0> half{a, acc, limits, latent};
-      if (half.fits(rows, full)) half.join(pool, rows), done = 1;
-    }
-    if (done == 1) {
-      const HalfTile<Keys, General, kHalfBits> half{a, acc, limits, latent};
-      if (half.fits(rows, full)) return half.join(pool, rows);
-    }
-    cut_full_rows<Keys>(a, full, buffers, rows);
+// What passes of N tiles joins the segments, as HalfTile says; of halves of tiles, `half` alone, -1 for all.
+template <int Keys, bool General, int N>
+__device__ __forceinline__ void join_buffers(const RowArgs& a, const float (&acc)[N][kAccs], const float* limits,
+                                             int latent, unsigned char* pool, RowState& rows, int half, bool& out) {
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    if (half < 0 ? i > 0 && __any_sync(kAllLanes, out) : half / 2 != i) continue;
+    bool not_lower = half % 2 > 0, not_upper = half >= 0 && half % 2 == 0;
+    HalfTile<Keys, General, 0>{a, acc[i], limits, latent + i * kTileLatents}.join(pool, rows,
+                                                                                 half < 0 ? out : not_lower);
+    HalfTile<Keys, General, kHalfBits>{a, acc[i], limits, latent + i * kTileLatents}.join(
+        pool, rows, half < 0 ? out : not_upper);
   }
+}
+
+// The best of N tiles join the buffers. latent: the lane's first one; pool: where offsets in `rows` begin. Warps of a
+// block wait for each other's products: where one's buffers are almost full, it calls on all to cut theirs at one time.
+template <int Keys, bool General, int N, class S>
+__device__ __forceinline__ void keep_best(const RowArgs& a, const float (&acc)[N][kAccs], const float* limits,
+                                          int latent, unsigned char* pool, uint64_t* buffers, RowState& rows, S& cuts,
+                                          bool cut = false) {
+  constexpr int kAlmost = kSegment<Keys> - 4 - 2 * N;
+  const int called = cuts.read(), next[2] = {rows.next[0], rows.next[1]};
+  if constexpr (General)
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      HalfTile<Keys, General, 0>{a, acc[i], limits, latent + i * kTileLatents}.count_passed(rows);
+      HalfTile<Keys, General, kHalfBits>{a, acc[i], limits, latent + i * kTileLatents}.count_passed(rows);
+    }
+  cut |= called > rows.cuts;
+  bool out = false;
+  join_buffers<Keys, General>(a, acc, limits, latent, pool, rows, -1, out);
+  if (__any_sync(kAllLanes, out | cut)) {
+    if (__any_sync(kAllLanes, out)) {
+      rows.next[0] = next[0], rows.next[1] = next[1];
+#pragma unroll 1
+      for (int half = 0; half < 2 * N; ++half) {
+        make_room<Keys>(a, buffers, rows);
+        join_buffers<Keys, General>(a, acc, limits, latent, pool, rows, half, out);
+      }
+    }
+    if (__any_sync(kAllLanes, cut)) cut_rows<Keys, General>(a, a.k + kSlack, buffers, rows);
+    rows.cuts = max(called, rows.cuts);
+  }
+  const int last = rows.begin + kAlmost * int(sizeof(uint64_t));
+  if (max(rows.next[0], rows.next[1]) > last) cuts.raise(rows.cuts + 1);
 }
 
 struct WarpTeam { static constexpr int kTeam = kWarp; };
@@ -252,20 +350,58 @@ template <int Keys> __device__ __forceinline__ int best_keys(const RowArgs& a, c
   return fill_up(a, buffer, n, first, end);
 }
 
+// How many of its rows' entries a warp has where exactly k are to be left; of `row`, 0 to 15.
+template <int Keys> __device__ __forceinline__ int entries_of(const RowState& rows, int row) {
+  const int mine = ((row / 8 ? rows.next[1] : rows.next[0]) - rows.begin) / int(sizeof(uint64_t));
+  return __shfl_sync(kAllLanes, row_sum(mine), row % 8 * 4);
+}
+// Entry j of a row, after cut_rows.
+template <int Keys> __device__ __forceinline__ uint64_t entry_at(const uint64_t* row, int j) {
+  return row[j % 4 * kSegment<Keys> + j / 4];
+}
+
 // The end of one row: its k best keys, in order.
-template <int Keys> __device__ void finish_row(const RowArgs& a, const RowState& rows, int quad, int half,
-                                               int64_t row, uint64_t* buffer) {
+template <int Keys> __device__ void finish_row(const RowArgs& a, const RowState& rows, int number, int64_t first_row,
+                                               uint64_t* buffers) {
   const int lane = threadIdx.x % kWarp;
-  const bool is_abs = a.activation == kAbs;
-  best_keys<Keys>(a, rows, quad, half, buffer, 0, a.d_sae);
-  if (a.k <= kWarp) {
-    uint64_t key[1] = {lane < a.k ? buffer[lane] : 0};
-    sort_warp(key);
-    if (lane < a.k) write_code(a.values, a.indices, a.dtype, row * a.k + lane, key[0], is_abs);
-    return;
-  }
+  const int64_t row = first_row + number;
+  uint64_t* buffer = buffers + number * kRowKeys<Keys>;
+  if (row >= a.rows) return;
+  best_keys<Keys>(a, rows, number % 8, number / 8, buffer, 0, a.d_sae);
   sort_descending<WarpTeam>(buffer, a.k, a.k, lane);
-  for (int j = lane; j < a.k; j += kWarp) write_code(a.values, a.indices, a.dtype, row * a.k + j, buffer[j], is_abs);
+  for (int j = lane; j < a.k; j += kWarp)
+    write_code(a.values, a.indices, a.dtype, row * a.k + j, buffer[j], a.activation == kAbs);
+}
+
+// The end of all of a warp's rows: several at a time where each has its k entries, at most one per lane.
+template <int Keys, bool General>
+__device__ void finish_rows(const RowArgs& a, RowState& rows, int64_t first_row, uint64_t* buffers) {
+  constexpr int kAtOnce = 4;
+  const int lane = threadIdx.x % kWarp;
+  cut_rows<Keys, General>(a, a.k, buffers, rows);
+#pragma unroll 1
+  for (int first = 0; first < kWarpRows; first += kAtOnce) {
+    bool plain = a.k <= kWarp;
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i)
+      plain &= first_row + first + i >= a.rows || entries_of<Keys>(rows, first + i) == a.k;
+    if (!plain) {
+#pragma unroll 1
+      for (int i = 0; i < kAtOnce; ++i) finish_row<Keys>(a, rows, first + i, first_row, buffers);
+      continue;
+    }
+    uint64_t key[kAtOnce];
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i)
+      key[i] = lane < a.k ? KeyOf(a)(entry_at<Keys>(buffers + (first + i) * kRowKeys<Keys>, lane)) : 0;
+    sort_warp(key);
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      const int64_t row = first_row + first + i;
+      if (lane < a.k && row < a.rows)
+        write_code(a.values, a.indices, a.dtype, row * a.k + lane, key[i], a.activation == kAbs);
+    }
+  }
 }
 
 }  // namespace sae_kernels

@@ -16,40 +16,52 @@ struct FusedArgs : RowArgs {
   int sample, stride;  // tiles that the first bound is taken from, an even number, and the way from one to the next
 };
 
-// Warpgroups whose registers hold rows: three where they can be dealt out, fewer where rows of 256 leave too few.
-template <int KC> constexpr int kMostGroups = SK_WGMMA ? 3 : KC == 4 ? 1 : 2;
-constexpr int kLineBytes = kTileLatents * sizeof(float);  // of a tile's biases, and of its limits
+// Warpgroups whose registers hold rows: as many as these can be dealt out to, and no more than there are buffers for.
+template <int KC, int Keys> constexpr int kMostGroups = SK_WGMMA ? Keys > 3 ? 2 : 3 : KC == 4 ? 1 : 2;
+template <int KC, int Keys> constexpr int kRowRegisters = kMostGroups<KC, Keys> == 3 ? 160 : 232;
+constexpr int kLimitBytes = kTileLatents * sizeof(float), kLinesBytes = kLineBytes + kLimitBytes;  // of a tile
 constexpr int kFewestStages = 4;  // two tiles of two chunks, held until both are looked through
 constexpr int fused_threads(int groups) { return (groups + 1) * kGroupWarps * kWarp; }
 template <int Keys> constexpr int64_t fused_bytes(int groups, int stages) {
-  return 1024 + int64_t(stages) * (kTileBytes + 2 * kLineBytes + 2 * sizeof(Barrier)) +
-         groups * kGroupRows * kRowKeys<Keys> * 8;
+  return 1024 + int64_t(stages) * (kTileBytes + kLinesBytes + 2 * sizeof(Barrier)) + kLineBytes +
+         int64_t(groups) * kGroupRows * kRowKeys<Keys> * 8 + 16;
 }
 
 // From the block's dynamic shared memory.
 struct FusedShared {
-  unsigned char* tiles;
-  float* lines;  // beside a tile's last chunk: its biases, its limits
+  unsigned char *tiles, *lines, *zeros;  // lines: beside a tile's last chunk its biases and its limits
   Barrier *full, *empty;
+  Signal* cuts;
   uint64_t* keys;
 
   __device__ __forceinline__ explicit FusedShared(int stages) {
     unsigned char* at = dynamic_shared();
     tiles = at + (1024 - reinterpret_cast<uintptr_t>(at) % 1024) % 1024;
-    lines = reinterpret_cast<float*>(tiles + stages * kTileBytes);
-    full = reinterpret_cast<Barrier*>(lines + stages * 2 * kTileLatents);
+    lines = tiles + stages * kTileBytes;
+    zeros = lines + stages * kLinesBytes;
+    full = reinterpret_cast<Barrier*>(zeros + kLineBytes);
     empty = full + stages;
-    keys = reinterpret_cast<uint64_t*>(empty + stages);
+    cuts = reinterpret_cast<Signal*>(empty + stages);
+    keys = reinterpret_cast<uint64_t*>(cuts) + 2;
+  }
+  // Before a barrier of the whole block.
+  __device__ __forceinline__ void begin(int stages, int workers) {
+    for (int i = threadIdx.x; i < kLineBytes / 4; i += blockDim.x) reinterpret_cast<uint32_t*>(zeros)[i] = 0;
+    if (threadIdx.x == 0) {
+      cuts->at = 0;
+      for (int s = 0; s < stages; ++s) full[s].init(kFillers), empty[s].init(workers);
+    }
+    show_barriers();
+  }
+  __device__ __forceinline__ unsigned char* lines_of(int stage) const { return lines + stage * kLinesBytes; }
+  __device__ __forceinline__ const float* limits(int stage) const {
+    return reinterpret_cast<const float*>(lines_of(stage) + kLineBytes);
   }
 };
 
 // A tile of the image: its chunks, each as it is to stand in shared memory, then its biases and its limits: a score at
-// or below its limit is none. Of a line of them, a quarter of a warp has 16, which stand in fours side by side.
-__host__ __device__ constexpr int64_t image_bytes(int chunks) { return chunks * kTileBytes + 2 * kLineBytes; }
-__host__ __device__ constexpr int line_place(int latent) {
-  const int column = latent / 2 % 4, number = latent / 8 * 2 + latent % 2;
-  return number / 4 * 16 + column * 4 + number % 4;
-}
+// or below its limit is none.
+__host__ __device__ constexpr int64_t image_bytes(int chunks) { return chunks * kTileBytes + kLinesBytes; }
 
 struct ArrangeArgs {
   const void* W;           // [d_sae, d_in]
@@ -78,20 +90,23 @@ template <class T> __global__ void __launch_bounds__(kArrangeThreads) arrange_we
     }
     *reinterpret_cast<Pack<T, 8>*>(tile + column / 8 * kTileBytes + tile_place(n, column % 8)) = pack;
   }
-  float* lines = reinterpret_cast<float*>(tile + a.chunks * kTileBytes);
+  auto* biases = reinterpret_cast<Pack<T, 8>*>(tile + a.chunks * kTileBytes);
+  float* limits = reinterpret_cast<float*>(biases + kTileLatents);
   for (int n = threadIdx.x; n < kTileLatents; n += kArrangeThreads) {
     const int64_t latent = first + n;
     const bool known = latent < a.d_sae;
-    lines[line_place(n)] = !known ? a.beyond : a.bias ? a.bias[latent] : 0.0f;
+    biases[n] = {};
+    from_acc(!known ? a.beyond : a.bias ? a.bias[latent] : 0.0f, biases[n].at[0]);
     const float none = known ? -__builtin_huge_valf() : __builtin_huge_valf();
-    lines[kTileLatents + line_place(n)] = known && a.threshold ? a.threshold[latent * a.threshold_step] : none;
+    limits[limit_place(n)] = known && a.threshold ? a.threshold[latent * a.threshold_step] : none;
   }
 }
 
 // Where a block's warp stands in the stream of tiles: first the sample, evenly spread, then all; blocks begin at
 // different ones.
 struct Stream {
-  int tile, step = 0, stage = 0, round = 0;
+  int tile, step = 0, stage = 0;
+  unsigned round = 0;
 
   __device__ __forceinline__ explicit Stream(const FusedArgs& a) : tile(begin(a)) {}
   static __device__ __forceinline__ int begin(const FusedArgs& a) { return blockIdx.x * 5u % unsigned(a.tiles); }
@@ -109,7 +124,7 @@ struct Stream {
 
 // One warp fills the stages, chunk by chunk of 64 elements of each latent of a tile.
 template <int KC, bool General> __device__ void stream_weights(const FusedArgs& a, const FusedShared& shared) {
-  constexpr int kLines = (General ? 2 : 1) * kLineBytes;
+  constexpr int kLines = General ? kLinesBytes : kLineBytes;
   Stream stream(a);
   for (const int steps = Stream::steps(a); stream.step < steps; stream.next_tile(a)) {
     const unsigned char* tile = a.image + stream.tile * image_bytes(KC);
@@ -120,7 +135,7 @@ template <int KC, bool General> __device__ void stream_weights(const FusedArgs& 
       const bool last = chunk == KC - 1;
       begin_fill(full, kTileBytes + (last ? kLines : 0));
       copy(shared.tiles + stream.stage * kTileBytes, tile + chunk * kTileBytes, kTileBytes, full);
-      if (last) copy(shared.lines + stream.stage * 2 * kTileLatents, tile + KC * kTileBytes, kLines, full);
+      if (last) copy(shared.lines_of(stream.stage), tile + KC * kTileBytes, kLines, full);
       end_fill(full);
     }
   }

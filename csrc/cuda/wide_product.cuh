@@ -40,7 +40,7 @@ SK_WIDE(fp16, "f16")
 #endif
 
 // Adds 64 elements of depth, x [64, 64] times latents [256, 64], each as it stands in a tile; the first of a product's
-// begins anew. acc, x and latents belong to the product until await_products.
+// begins anew. What it is given belongs to the product until await_products.
 template <class T> __device__ __forceinline__ void multiply_wide(float (&acc)[4][kAccs], const unsigned char* x,
                                                                  const unsigned char* latents, bool first) {
 #if SK_WGMMA
@@ -48,6 +48,14 @@ template <class T> __device__ __forceinline__ void multiply_wide(float (&acc)[4]
 #pragma unroll
   for (int step = 0; step < 4; ++step)
     WideMma<T>::group(acc, matrix_at(x) + 2 * step, matrix_at(latents) + 2 * step, !first || step > 0);
+  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+#endif
+}
+// The same for one element of depth: biases times ones.
+template <class T> __device__ __forceinline__ void add_wide(float (&acc)[4][kAccs], Line ones, Line biases) {
+#if SK_WGMMA
+  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+  WideMma<T>::group(acc, matrix_at(ones), matrix_at(biases), 1);
   asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
 #endif
 }

@@ -33,6 +33,7 @@ _lib.define(
     "cuda_topk_encode_panels(Tensor x, Tensor W, Tensor lines, Tensor(a!) pool, Tensor(b!) keys, int activation,"
     " int strip_tiles) -> ()"
 )
+_lib.define("cuda_topk_merge(Tensor keys, Tensor(a!) values, Tensor(b!) indices) -> ()")
 _ops = torch.ops.sae_kernels
 
 
@@ -98,9 +99,11 @@ def layout_of(x: Tensor, W: Tensor, k: int) -> FusedLayout | None:
     return fused_layout(x.dtype, *W.shape[::-1], k, gpu.shared_bytes, gpu.hopper) if x.data_ptr() % 4 == 0 else None
 
 
-_STAGE_BYTES = 64 * 64 * 2 + 2 * 64 * 4 + 16  # weights, biases and limits, barriers
+_LINE_BYTES = 64 * 16 + 64 * 4  # biases and limits
+_STAGE_BYTES = 64 * 64 * 2 + _LINE_BYTES + 16  # and barriers
+_COMMON_BYTES = 1024 + 64 * 16 + 16  # to where tiles may begin, zeros, a signal
 _LARGEST_DEPTH, _FEWEST_MORE, _MOST_STAGES = 256, 3, 16  # stages beside those of a tile
-_BUFFERS = {64: 3 * 32 + 1, 128: 5 * 32 + 1}  # the largest k -> keys in a row's buffer: kLargestFused, kRowKeys
+_BUFFERS = {40: 3 * 32 + 1, 128: 5 * 32 + 1}  # the largest k -> keys in a row's buffer: kFewest, kRowKeys
 
 
 def fused_layout(
@@ -111,12 +114,12 @@ def fused_layout(
         return None
     keys = next(size for most, size in _BUFFERS.items() if k <= most)
     chunks = 1 << (-(-d_in // 64) - 1).bit_length()
-    most_groups = 3 if hopper else 1 if chunks == 4 else 2  # kMostGroups
+    most_groups = (3 if k <= 40 else 2) if hopper else 1 if chunks == 4 else 2  # kMostGroups
     for groups in range(most_groups, 0, -1):
-        stages = (shared_bytes - 1024 - groups * 64 * keys * 8) // _STAGE_BYTES
+        stages = (shared_bytes - _COMMON_BYTES - groups * 64 * keys * 8) // _STAGE_BYTES
         if stages >= chunks + _FEWEST_MORE:
             tiles = 2 * -(-d_sae // 128)
-            image_bytes = tiles * (chunks * 64 * 64 * 2 + 2 * 64 * 4)
+            image_bytes = tiles * (chunks * 64 * 64 * 2 + _LINE_BYTES)
             share = tuning.short_plan(d_in, dtype.itemsize).share
             return FusedLayout(groups, min(stages, _MOST_STAGES), _sample(tiles, share, k), image_bytes)
     return None
@@ -145,47 +148,64 @@ def _gpu_of(device: torch.device) -> Gpu:
     return Gpu(properties.shared_memory_per_block_optin, properties.major == 9, properties.multi_processor_count)
 
 
-_PANEL_ROWS, _WIDE_LATENTS, _POOL_BYTES = 128, 256, 128 * (5 * 32 + 1) * 8  # of topk_panels.cuh
-_PANELS_IN_L2, _PANEL_KEYS_BYTES = 16 * 2**20, 64 * 2**20
+_PANEL_ROWS, _WIDE_LATENTS, _POOL_BYTES = 128, 256, 128 * (6 * 32 + 1) * 8  # of topk_panels.cuh
+_PANELS_IN_L2, _PANEL_KEYS_BYTES, _LARGEST_MERGE = 56 * 2**20, 64 * 2**20, 4096
 _FEWEST_STRIP_TILES = 8
 
 
 def takes_panels(x: Tensor, W: Tensor, k: int, activation: int) -> bool:
-    """Whether the kernel of topk_panels.cuh can and should encode x by W."""
+    """Whether the kernel of topk_panels.cuh can and should encode x by W: not where rows are too few for all of the GPU."""
     narrow = x.dtype in (torch.bfloat16, torch.float16) and x.shape[1] % 8 == 0
-    fits = _gpu_of(x.device).hopper and narrow and k <= 128 and activation != _ABS
+    gpu = _gpu_of(x.device)
+    fits = gpu.hopper and narrow and k <= 128 and activation != _ABS
     aligned = x.data_ptr() % 16 == 0 and W.data_ptr() % 16 == 0
-    return fits and aligned and tuning.long_plan(x.shape[1], x.element_size()).panels
+    if not (fits and aligned and tuning.long_plan(x.shape[1], x.element_size()).panels):
+        return False
+    return _pairs(x.shape[0]) * _most_strips(-(-W.shape[0] // _WIDE_LATENTS), k) >= gpu.processors // 2
 
 
-def strips_of(d_in: int, tiles: int, processors: int) -> int:
-    """Tiles of a strip: so many strips that the panels of rows which run at once stay in L2 together."""
-    strips = -(-processors * _PANEL_ROWS * d_in * 2 // _PANELS_IN_L2)
-    return -(-tiles // max(1, min(strips, tiles // _FEWEST_STRIP_TILES)))
+def _pairs(rows: int) -> int:
+    """Of panels: what the two blocks of a cluster take."""
+    return -(-rows // (2 * _PANEL_ROWS))
+
+
+def _most_strips(tiles: int, k: int) -> int:
+    return max(1, min(tiles // _FEWEST_STRIP_TILES, _LARGEST_MERGE // k))
+
+
+def strips_of(rows: int, d_in: int, tiles: int, k: int, processors: int) -> int:
+    """Tiles of a strip: so many strips that those panels of rows which run at once stay in L2 together, and that all
+    multiprocessors have one.
+    """
+    for_cache = -(-processors * _PANEL_ROWS * d_in * 2 // _PANELS_IN_L2)
+    for_all = -(-(processors // 2) // _pairs(rows))
+    return -(-tiles // min(max(for_cache, for_all), _most_strips(tiles, k)))
 
 
 def _by_panels(x, W, bias, k, activation, values, indices) -> None:
     d_sae, processors = W.shape[0], _gpu_of(x.device).processors
     tiles = -(-d_sae // _WIDE_LATENTS)
-    strip_tiles = strips_of(x.shape[1], tiles, processors)
+    strip_tiles = strips_of(*x.shape, tiles, k, processors)
     strips = -(-tiles // strip_tiles)
     lines = _lines(bias, d_sae, tiles * _WIDE_LATENTS, x, -torch.inf if activation == _NONE else 0.0)
     pool = x.new_empty(processors * _POOL_BYTES, dtype=torch.uint8)
     rows = max(1, _PANEL_KEYS_BYTES // (strips * k * 8) // _PANEL_ROWS) * _PANEL_ROWS
     keys = x.new_empty(min(rows, x.shape[0]), strips, k, dtype=torch.int64)
     for top in range(0, x.shape[0], rows):
-        part = x[top : top + rows]
+        here = slice(top, top + rows)
+        part = x[here]
         found = keys[: part.shape[0]]
         _ops.cuda_topk_encode_panels(part, W, lines, pool, found, activation, strip_tiles)
-        best = found.flatten(1).topk(k, dim=1).values
-        _ops.cuda_topk_write_codes(best, values[top : top + rows], indices[top : top + rows], activation)
+        _ops.cuda_topk_merge(found, values[here], indices[here])
 
 
 def _lines(bias: Tensor | None, d_sae: int, padded: int, x: Tensor, beyond: float) -> Tensor:
-    """[padded / 64, 64]: of 64 biases, those of a quarter of a warp in fours side by side (topk_stream.cuh)."""
-    line = x.new_full((padded,), beyond, dtype=torch.float32)
-    line[:d_sae] = 0 if bias is None else bias
-    return line.view(-1, 4, 2, 4, 2).transpose(2, 3).reshape(-1, 64)
+    """[padded, 8]: the bias, and seven zeros, as Line of tensor_core.cuh."""
+    lines = x.new_zeros(padded, 8)
+    lines[d_sae:, 0] = beyond
+    if bias is not None:
+        lines[:d_sae, 0] = bias
+    return lines
 
 
 def _by_slabs(x, W, screen, passed, k, activation, values, indices, trims) -> None:

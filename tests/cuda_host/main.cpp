@@ -75,13 +75,17 @@ void encode_panels(int64_t rows, int d_in, int d_sae, int k, int strip_tiles) {
   args.rows = rows, args.d_sae = d_sae, args.k = k, args.depth = ceil_div(d_in, kTileDepth);
   args.tiles = ceil_div(d_sae, kWideLatents), args.strip_tiles = strip_tiles;
   args.strips = ceil_div(args.tiles, strip_tiles), args.items = args.strips * ceil_div(rows, kPanelRows);
-  std::vector<float> lines(args.tiles * kWideLatents);
-  std::vector<unsigned char> pool(kPoolBytes);
-  std::vector<int64_t> keys(rows * args.strips * k);
+  std::vector<unsigned char> lines(args.tiles * kWideLineBytes), pool(kPoolBytes);
+  std::vector<uint64_t> keys(rows * args.strips * k);
   map_matrix(args.x, x.data(), rows, d_in, kPanelRows, true);
   map_matrix(args.W, W.data(), d_sae, d_in, kWideLatents, true);
   args.lines = lines.data(), args.pool = pool.data(), args.keys = keys.data();
   cuda_host::run(topk_encode_panels<bf16>, dim3(1), kPanelThreads, args, kPanelBytes);
+  std::vector<float> values(rows * k);
+  std::vector<int32_t> indices(rows * k);
+  MergeArgs merge{keys.data(), values.data(), indices.data(), rows, args.strips * k, k, 64, Out::kFloat};
+  cuda_host::run(merge_strips<0>, dim3(1), kMergeRows * kWarp, merge, kMergeRows * 64 * 8);
+  cuda_host::run(merge_strips<4>, dim3(1), kMergeRows * kWarp, merge, kMergeRows * 64 * 8);
 }
 
 // Some rows have no candidate, some more than there are places.

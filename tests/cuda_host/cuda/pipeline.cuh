@@ -33,6 +33,16 @@ struct Barrier {
   std::atomic_ref<int> cell() { return std::atomic_ref<int>(*reinterpret_cast<int*>(&state)); }
 };
 
+struct Signal {
+  int at;
+
+  int read() { return std::atomic_ref<int>(at).load(std::memory_order_relaxed); }
+  void raise(int to) {
+    int now = read();
+    while (now < to && !std::atomic_ref<int>(at).compare_exchange_weak(now, to, std::memory_order_relaxed)) {}
+  }
+};
+
 constexpr int kFillers = 1;
 inline void begin_fill(Barrier&, int) {}
 inline void copy(void* to, const void* from, int bytes, Barrier&) {

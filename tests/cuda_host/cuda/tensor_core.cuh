@@ -10,6 +10,16 @@ namespace sae_kernels {
 constexpr int kTileLatents = 64, kTileDepth = 64, kTileBytes = kTileLatents * kTileDepth * 2, kAccs = 32;
 #define SK_WGMMA 0
 
+constexpr int kLinePitch = 16, kLineBytes = kTileLatents * kLinePitch;
+struct Line { const unsigned char *at, *zeros; };
+inline uint16_t one_of(bf16) { return 0x3f80; }
+inline uint16_t one_of(fp16) { return 0x3c00; }
+template <class T> float bias_in(Line line, int latent) {
+  T bias;
+  std::memcpy(&bias, line.at + latent * kLinePitch, sizeof bias);
+  return to_acc(bias);
+}
+
 inline int tile_place(int n, int c) { return n * 128 + ((c ^ (n & 7)) << 4); }
 
 template <class T, int KC> struct RowTile {
@@ -26,24 +36,24 @@ constexpr int kProductsAhead = 2;
 inline thread_local std::deque<std::function<void()>> products;
 
 template <class T, int KC>
-void multiply_now(float (&acc)[kAccs], const RowTile<T, KC>& rows, const unsigned char* tile, int chunk) {
+void multiply_now(float (&acc)[kAccs], const RowTile<T, KC>& rows, const unsigned char* tile, int chunk, Line biases) {
   const int lane = threadIdx.x % kWarp;
   for (int i = 0; i < kAccs; ++i) {
     if (chunk == 0) acc[i] = 0;
     const int64_t row = rows.row + lane / 4 + 8 * (i / 2 % 2);
     const int n = i / 4 * 8 + 2 * (lane % 4) + i % 2, left = std::min(kTileDepth, rows.d_in - chunk * kTileDepth);
-    if (row >= rows.rows) continue;
-    for (int d = 0; d < left; ++d) {
+    for (int d = 0; d < left && row < rows.rows; ++d) {
       T w;
       std::memcpy(&w, tile + tile_place(n, d / 8) + d % 8 * sizeof w, sizeof w);
       acc[i] += to_acc(rows.x[row * rows.d_in + chunk * kTileDepth + d]) * to_acc(w);
     }
+    if (chunk == KC - 1) acc[i] += bias_in<T>(biases, n);
   }
 }
 template <class T, int KC>
-void multiply(float (&acc)[kAccs], const RowTile<T, KC>& rows, const unsigned char* tile, int chunk) {
+void multiply(float (&acc)[kAccs], const RowTile<T, KC>& rows, const unsigned char* tile, int chunk, Line biases) {
   if (chunk == 0) std::fill_n(acc, kAccs, std::numeric_limits<float>::quiet_NaN());
-  products.push_back([&acc, rows, tile, chunk] { multiply_now(acc, rows, tile, chunk); });
+  products.push_back([&acc, rows, tile, chunk, biases] { multiply_now(acc, rows, tile, chunk, biases); });
 }
 template <int N> void await_products() {
   for (; products.size() > N; products.pop_front()) products.front()();

@@ -26,7 +26,13 @@ template <class T>
 void multiply_wide(float (&acc)[4][kAccs], const unsigned char* x, const unsigned char* latents, bool first) {
   if (first)
     for (auto& part : acc) std::fill_n(part, kAccs, std::numeric_limits<float>::quiet_NaN());
-  products.push_back([&acc, x, latents, first] { multiply_wide_now<T>(acc, x, latents, first); });
+  products.push_back([=, &acc] { multiply_wide_now<T>(acc, x, latents, first); });
+}
+template <class T> void add_wide(float (&acc)[4][kAccs], Line, Line biases) {
+  const int column = 2 * (threadIdx.x % 4);
+  products.push_back([=, &acc] {
+    for (int i = 0; i < 4 * kAccs; ++i) acc[i / kAccs][i % kAccs] += bias_in<T>(biases, i / 4 * 8 + column + i % 2);
+  });
 }
 
 }  // namespace sae_kernels
