@@ -58,7 +58,7 @@ KERNELS = {
 KERNELS |= {"decode_rows", "dot_rows", "sum_runs", "join_runs"}
 KERNELS |= {"add_entries", "carry_limbs", "count_bins", "count_pairs"}
 KERNELS |= {"mark_candidates", "merge_candidates", "mark_fired"}
-KERNELS |= {"count_digits", "choose_digit", "split_rows", "write_kept"}
+KERNELS |= {"count_digits", "choose_digit", "split_rows", "write_kept", "merge_strips"}
 SAMPLE = """
 #include "cuda/latent_sums.cuh"
 #include "cuda/topk_select.cuh"

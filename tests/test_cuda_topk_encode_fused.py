@@ -26,6 +26,8 @@ def fused_alone(monkeypatch):
     """Every call here is of a shape that the fused kernel takes; on the CPU with few threads."""
     layout = kernel.fused_layout
     if not ON_GPU:
+        gpu = kernel._gpu_of
+        monkeypatch.setattr(kernel, "_gpu_of", lambda device: gpu(device)._replace(shared_bytes=232448))
         monkeypatch.setattr(kernel, "fused_layout", lambda *shape: layout(*shape)._replace(groups=1))
     for name in ("_by_slabs", "_by_sorting"):
         monkeypatch.setattr(kernel, name, lambda *_, name=name: pytest.fail(f"{name} ran"))
@@ -98,6 +100,19 @@ def test_nan_and_infinity(activation):
     assert_same(encode(x, W, b, k, activation, None), reference.topk_encode(x, W, b, k, ACTIVATIONS[activation]))
 
 
+def test_latents_beyond_d_sae_do_not_count_among_the_k():
+    """Of an infinite row they are NaN: ten of them and ten latents make k, beside rows that have exactly k as well."""
+    g = torch.Generator().manual_seed(1)
+    x, W = torch.randn(4, 16, generator=g), torch.randn(118, 16, generator=g)
+    x[1, 3], W[:, 3] = torch.inf, -1
+    W[5:15, 3] = 1
+    x, W = x.half(), W.half()
+    for k in (15, 20):
+        got, want = encode(x, W, None, k, 0, None), reference.topk_encode(x, W, None, k)
+        assert got[1][1].tolist() == want[1][1].tolist() and torch.equal(got[0][1].double(), want[0][1].double())
+        assert_is_topk(got[0][[0, 2, 3]], got[1][[0, 2, 3]], x[[0, 2, 3]], W, None, k, "relu")
+
+
 @pytest.mark.parametrize("d_in, stages, sample", [(200, 7, 0), (200, 8, 2), (100, 9, 4), (40, 16, 8), (40, 4, 2)])
 def test_any_number_of_stages_and_of_tiles_in_the_sample(monkeypatch, d_in, stages, sample):
     layout = kernel.fused_layout
@@ -112,7 +127,7 @@ def test_thresholds(per_latent, activation):
     x, W, b = small_integers(20, 40, 320, torch.bfloat16)
     g = torch.Generator().manual_seed(5)
     threshold = torch.randint(0, 60, (320 if per_latent else 1,), generator=g).float()
-    for max_active in (6, 100):
+    for max_active in (6, 100, 200):  # a buffer of each size
         got = above(x, W, b, threshold, max_active, activation, None)
         want = reference.threshold_encode(x, W, b, threshold, max_active, ACTIVATIONS[activation])
         assert_same(got, want)
@@ -140,3 +155,7 @@ def test_the_layout_fits_and_says_where_it_does_not(monkeypatch):
                (torch.bfloat16, 64, 4096, 129)]  # fmt: skip
     assert not any(kernel.fused_layout(*shape, 232448, True) for shape in refused)
     assert kernel.fused_layout(torch.bfloat16, 256, 16384, 128, 101376, False) is None
+    # up to 256 where a threshold leaves few
+    assert kernel.fused_layout(torch.bfloat16, 64, 4096, 256, 232448, True, True).groups == 1
+    assert kernel.fused_layout(torch.bfloat16, 64, 4096, 257, 232448, True, True) is None
+    assert kernel.fused_layout(torch.bfloat16, 64, 4096, 256, 232448, True) is None

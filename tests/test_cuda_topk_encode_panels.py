@@ -42,7 +42,6 @@ def assert_same(got, want):
 def test_ties_index_for_index(monkeypatch, dtype, rows, d_in, d_sae, k, activation):
     """Panels, tiles, chunks and strips that are not full; fewer chunks than stages and more."""
     monkeypatch.setattr(kernel, "_FEWEST_STRIP_TILES", 2)
-    monkeypatch.setattr(kernel, "_PANELS_IN_L2", 1)
     x, W, b = small_integers(rows, d_in, d_sae, dtype, seed=activation)
     for shift in (0, 400):  # few or no positive latents: the lowest latents fill up
         got = encode(x, W, b - shift, k, activation, None)
@@ -51,7 +50,7 @@ def test_ties_index_for_index(monkeypatch, dtype, rows, d_in, d_sae, k, activati
 
 @pytest.mark.parametrize("at_once", [1, 2**26])
 def test_random(monkeypatch, at_once):
-    """Several launches, whose rows find the buffers of those before; clusters with several pairs of panels."""
+    """Several launches, whose rows find the buffers of those before; blocks with several panels."""
     monkeypatch.setattr(kernel, "_PANEL_KEYS_BYTES", at_once)
     g = torch.Generator().manual_seed(3)
     rows, d_in, d_sae = ((3000, 1000, 9000) if at_once == 1 else (18000, 200, 2500)) if ON_GPU else (260, 72, 700)
@@ -74,7 +73,8 @@ def test_merge(strips, k):
     got = cuda_library.call(lambda *to: torch.ops.sae_kernels.cuda_topk_merge(*to) or to[1:], keys, values, indices)
     there = keys.flatten(1) != 0
     for row in range(7):
-        order = sorted((-s, f) for s, f in zip(scores[row][there[row]].tolist(), latents[row][there[row]].tolist()))
+        left = (numbers[row][there[row]].tolist() for numbers in (scores, latents))
+        order = sorted((-s, f) for s, f in zip(*left, strict=True))
         assert got[0][row].tolist() == [-s for s, _ in order[:k]] and got[1][row].tolist() == [f for _, f in order[:k]]
 
 
@@ -104,9 +104,9 @@ def test_where_it_is_taken(monkeypatch):
     x, W = torch.zeros(17000, 1536, dtype=torch.bfloat16), torch.zeros(512, 1536, dtype=torch.bfloat16)
     hopper = kernel.Gpu(232_448, True, 132)
     monkeypatch.setattr(kernel, "_gpu_of", lambda device: hopper)
-    assert not kernel.takes_panels(x, W, 32, 0)  # nothing was measured
-    monkeypatch.setattr(tuning, "long_plan", lambda d_in, size: tuning.LongPlan(panels=True))
+    monkeypatch.setattr(tuning, "table", dict)
     assert kernel.takes_panels(x, W, 128, 1)
+    assert not kernel.takes_panels(x[:, :1024].contiguous(), W[:, :1024].contiguous(), 32, 0)  # not measured
     narrow, unaligned = x[:, :1532].contiguous(), x.flatten()[1:1537].view(1, 1536)
     for case in (
         (x, W, 129, 0),
@@ -116,17 +116,16 @@ def test_where_it_is_taken(monkeypatch):
         (unaligned, W, 32, 0),
     ):
         assert not kernel.takes_panels(*case)
-    assert not kernel.takes_panels(x[:2000], W, 128, 1)  # 8 pairs of panels, one strip: 8 clusters of 66
+    assert not kernel.takes_panels(x[:16000], W, 128, 1)  # 125 panels, a strip each, for 132
     monkeypatch.setattr(kernel, "_gpu_of", lambda device: hopper._replace(hopper=False))
     assert not kernel.takes_panels(x, W, 128, 1)
 
 
-def test_strips(monkeypatch):
-    for rows, d_in, tiles, k, strip in (
-        (131072, 1536, 96, 64, 96),
-        (32768, 4096, 512, 64, 171),  # 138 MB of rows at once
-        (32768, 4096, 5, 64, 5),
-        (3000, 1536, 96, 64, 16),  # 12 pairs of panels for 66 clusters
-        (100, 512, 4096, 128, 128),  # 32 strips of 128 keys: the most that are merged
+def test_strips():
+    for rows, tiles, k, strip in (
+        (131072, 96, 64, 96),
+        (3000, 96, 64, 16),  # 24 panels for 132 multiprocessors
+        (3000, 5, 64, 5),
+        (100, 4096, 128, 128),  # 32 strips of 128 keys: the most that are merged
     ):
-        assert kernel.strips_of(rows, d_in, tiles, k, 132) == strip
+        assert kernel.strips_of(rows, tiles, k, 132) == strip

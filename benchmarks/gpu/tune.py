@@ -32,7 +32,7 @@ FIELDS: dict[str, dict[str, tuple]] = {
     "select": {"ROWS": (1, 2, 4, 8), "warps": (1, 2, 4, 8), "rescan_warps": (1, 2, 4, 8)},
     "slab": {"nbytes": tuple(mib * 2**20 for mib in (8, 16, 24, 32, 48))},
     "short": {"share": (1, 2, 4, 8, 16, 32)},
-    "long": {"panels": (True,), "nbytes": tuple(mib * 2**20 for mib in (16, 24, 48, 64, 96))},
+    "long": {"panels": (True, False), "nbytes": tuple(mib * 2**20 for mib in (16, 24, 48, 64, 96))},
     "decode": {"ROWS": (1, 2, 4, 8), "BLOCK_D": (32, 64, 128, 256, 512), "UNROLL": (2, 4, 8), "warps": (1, 2, 4, 8)},
     "sums": {"ENTRIES": (4, 8, 16, 32), "BLOCK_D": (32, 64, 128, 256), "warps": (1, 2, 4, 8)},
     "dot": {"BLOCK_K": (4, 8, 16), "BLOCK_D": (64, 128, 256), "warps": (1, 2, 4, 8)},

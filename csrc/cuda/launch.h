@@ -2,7 +2,7 @@
 #pragma once
 
 #include "common.h"
-#include "cuda/cluster.cuh"
+#include "cuda/device.cuh"
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 
@@ -30,9 +30,8 @@ inline Device device_of(const Tensor& t) {
   return device;
 }
 
-// Runs `kernel`, which takes one struct, on the current stream of `where`'s device; shared_bytes: of dynamic_shared();
-// Clusters: whether blocks come as clusters.
-template <bool Clusters = false, class Args>
+// Runs `kernel`, which takes one struct, on the current stream of `where`'s device; shared_bytes: of dynamic_shared().
+template <class Args>
 void launch(void (*kernel)(Args), dim3 grid, int threads, Args args, const Tensor& where, int64_t shared_bytes = 0) {
   const int bytes = static_cast<int>(shared_bytes);
   constexpr auto kMost = cudaFuncAttributeMaxDynamicSharedMemorySize;
@@ -42,9 +41,7 @@ void launch(void (*kernel)(Args), dim3 grid, int threads, Args args, const Tenso
   STD_TORCH_CHECK(found, "sae_kernels: the tensors' device has no current stream");
   void* arguments[] = {&args};
   const auto on = static_cast<cudaStream_t>(stream);
-  check(Clusters ? start_clusters(kernel, grid, dim3(threads), arguments, bytes, on)
-                 : cudaLaunchKernel(kernel, grid, dim3(threads), arguments, bytes, on),
-        "a CUDA kernel does not start");
+  check(cudaLaunchKernel(kernel, grid, dim3(threads), arguments, bytes, on), "a CUDA kernel does not start");
 }
 
 inline dim3 grid_of(int64_t x, int64_t y = 1) {

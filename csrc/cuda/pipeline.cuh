@@ -74,10 +74,10 @@ struct Signal {
   __device__ __forceinline__ void raise(int to) { atomicMax(&at, to); }
 };
 
-// After `init`, before the barrier of the block or its cluster that lets others see it.
+// After `init`, before the barrier of the block that lets others see it.
 __device__ __forceinline__ void show_barriers() {
 #if __CUDA_ARCH__ >= 900
-  asm volatile("fence.mbarrier_init.release.cluster;\nfence.proxy.async.shared::cta;" ::: "memory");
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 #endif
 }
 

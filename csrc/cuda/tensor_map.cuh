@@ -40,14 +40,4 @@ __device__ __forceinline__ void copy_box(void* to, const TensorMap& map, int row
 #endif
 }
 
-// The same, to that place of every block of a cluster of two, each of which announces the bytes to a barrier there.
-__device__ __forceinline__ void copy_box_to_all(void* to, const TensorMap& map, int row, int column, Barrier& full) {
-#if __CUDA_ARCH__ >= 900
-  if (threadIdx.x % kWarp == 0)
-    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], "
-                 "[%1, {%2, %3}], [%4], %5;" ::"r"(shared_address(to)), "l"(&map.map), "r"(column), "r"(row),
-                 "r"(shared_address(&full.state)), "h"(uint16_t(3)) : "memory");
-#endif
-}
-
 }  // namespace sae_kernels

@@ -5,19 +5,20 @@
 namespace sae_kernels {
 namespace {
 
-constexpr int kFewKeys = 3, kManyKeys = 5;  // a row's buffer has 32 times as many
-constexpr int kFewest = 40;                 // the largest k of small buffers: with more they would be full all the time
+constexpr int kFewKeys = 3, kManyKeys = 5, kMostKeys = 9;  // a row's buffer has 32 times as many
+constexpr int kFewest = 40;  // the largest k of small buffers: with more they would be full all the time
 
 template <class T, int KC, int Keys> void launch_fused(const FusedArgs& args, int groups, const Tensor& x) {
-  const bool general = args.activation == kAbs || args.passed;
-  launch(general ? topk_encode_rows<T, KC, Keys, true> : topk_encode_rows<T, KC, Keys, false>,
+  const bool general = Keys == kMostKeys || args.activation == kAbs || args.passed;
+  launch(general ? topk_encode_rows<T, KC, Keys, true> : topk_encode_rows<T, KC, Keys, Keys == kMostKeys>,
          grid_of(ceil_div(args.rows, int64_t(groups) * kGroupRows)), fused_threads(groups), args, x,
          fused_bytes<Keys>(groups, args.stages));
 }
 
 template <class T, int KC> void launch_for_k(const FusedArgs& args, int groups, const Tensor& x) {
   if (args.k <= kFewest) launch_fused<T, KC, kFewKeys>(args, groups, x);
-  else launch_fused<T, KC, kManyKeys>(args, groups, x);
+  else if (args.k <= kLargestFused<kManyKeys>) launch_fused<T, KC, kManyKeys>(args, groups, x);
+  else launch_fused<T, KC, kMostKeys>(args, groups, x);
 }
 
 template <class T>
@@ -59,7 +60,7 @@ void topk_encode_fused(Tensor x, Tensor W, std::optional<Tensor> bias, std::opti
   args.sample = static_cast<int>(sample);
   args.stride = sample > 0 ? args.tiles / args.sample : 1;
   args.dtype = out_of(values);
-  const bool fits = args.d_in % 2 == 0 && args.d_in <= 4 * kTileDepth && args.k <= kLargestFused<kManyKeys> &&
+  const bool fits = args.d_in % 2 == 0 && args.d_in <= 4 * kTileDepth && args.k <= kLargestFused<kMostKeys> &&
                     sample % 2 == 0 && sample <= args.tiles && stages >= kFewestStages && aligned(4, args.x) &&
                     aligned(16, args.image) && image.numel() >= args.tiles * image_bytes(weights.chunks);
   STD_TORCH_CHECK(fits && threshold.has_value() == passed.has_value(),

@@ -1,14 +1,14 @@
 // The k best of every row without pre-activations in memory: a block keeps 64 rows of x per warpgroup in registers and
 // streams all latents past them. Each warp owns 16 rows. What reaches a row's bound goes into the row's buffer in
-// shared memory, where each of the row's four lanes has a segment to itself and asks nobody; where one is full, the row
-// is cut back to about k keys, and the bound rises to the k-th of them. The first bound is the k-th largest of 64 group
-// maxima over a sample of the latents, which k scores reach: where products are cheap, over all of them, so that hardly
-// a buffer fills. A bound is never above the k-th best score and keys are distinct, so the result is exact and no order
-// of events can change it.
+// shared memory, where each of the row's four lanes has a segment to itself and asks nobody; where one is almost full,
+// all rows of the block are cut back to about k keys, and their bounds rise to the k-th of them. The first bound is the
+// k-th largest of 64 group maxima over a sample of the latents, which k scores reach: where products are cheap, over
+// all of them, so that hardly a buffer fills. A bound is never above the k-th best score and keys are distinct, so the
+// result is exact and no order of events can change it.
 //
 // Traffic: x once; the weights once per block, from L2, through shared memory that a warp of its own fills. Of a warp,
-// 64 latents cost some 250 to 300 instructions beside the product, most of them four for each accumulator: a
-// comparison, two stores and an addition that only what passes carries out.
+// 64 latents cost some 250 instructions, most of them four or five for each accumulator: a comparison, and a move, a
+// store and an addition that only what passes carries out.
 #pragma once
 
 #include "cuda/topk_stream.cuh"
@@ -46,17 +46,17 @@ template <class T, int KC, bool General> __device__ __forceinline__ TileAhead st
   return ahead;
 }
 
-// Calls use(acc, the tile's limits, the lane's first latent) once the product is there, where no more than `Later` others
-// were started after it, and gives its stages back: those without limits before.
+// Calls use(acc, the tile's limits, the lane's first latent) once the product is there, where no more than `Later`
+// others were started after it, and gives its stages back: those without limits before.
 template <int KC, bool General, int Later, class F> __device__ __forceinline__ void finish_tile(
-    const FusedArgs& a, const FusedShared& shared, TileAhead tile, float (&acc)[kAccs], F&& use) {
+    const FusedArgs& a, const FusedShared& shared, TileAhead tile, float (&acc)[1][kAccs], F&& use) {
   constexpr int kHeld = kTilesAhead<KC, General> > 1 ? KC : 1;  // stages
   const auto return_stages = [&] {
     __syncwarp();  // of all lanes
 #pragma unroll
     for (int held = 0; held < kHeld; ++held) give_back(a, shared, tile.stage + held);
   };
-  await_products<Later>(acc);
+  await_products<Later>(acc[0]);
   if constexpr (!General) return_stages();
   use(acc, shared.limits(tile.last), tile.latent);
   if constexpr (General) return_stages();
@@ -67,14 +67,14 @@ template <bool General, class T, int KC, class F> __device__ __forceinline__ voi
     const FusedArgs& a, const FusedShared& shared, const RowTile<T, KC>& x, Stream& stream, int end, F&& use) {
   while (stream.step < end) {
     if constexpr (kTilesAhead<KC, General> > 1) {
-      float one[kAccs], other[kAccs];
-      const TileAhead first = start_tile<T, KC, General>(a, shared, x, stream, one);
-      const TileAhead second = start_tile<T, KC, General>(a, shared, x, stream, other);
+      float one[1][kAccs], other[1][kAccs];
+      const TileAhead first = start_tile<T, KC, General>(a, shared, x, stream, one[0]);
+      const TileAhead second = start_tile<T, KC, General>(a, shared, x, stream, other[0]);
       finish_tile<KC, General, KC>(a, shared, first, one, use);
       finish_tile<KC, General, 0>(a, shared, second, other, use);
     } else {
-      float acc[kAccs];
-      const TileAhead tile = start_tile<T, KC, General>(a, shared, x, stream, acc);
+      float acc[1][kAccs];
+      const TileAhead tile = start_tile<T, KC, General>(a, shared, x, stream, acc[0]);
       finish_tile<KC, General, 0>(a, shared, tile, acc, use);
     }
   }
@@ -94,15 +94,15 @@ template <class T, int KC, int Keys, bool General> __device__ void select_rows_o
     float best[kAccs];
 #pragma unroll
     for (float& b : best) b = -__builtin_huge_valf();
-    over_tiles<General>(a, shared, x, stream, a.sample, [&](const float(&acc)[kAccs], const float*, int) {
+    over_tiles<General>(a, shared, x, stream, a.sample, [&](const float(&acc)[1][kAccs], const float*, int) {
 #pragma unroll
-      for (int i = 0; i < kAccs; ++i) best[i] = fmaxf(best[i], is_abs ? fabsf(acc[i]) : acc[i]);
+      for (int i = 0; i < kAccs; ++i) best[i] = fmaxf(best[i], is_abs ? fabsf(acc[0][i]) : acc[0][i]);
     });
     bound_rows(a, best, rows);
   }
   over_tiles<General>(a, shared, x, stream, Stream::steps(a),
-                      [&](const float(&acc)[kAccs], const float* limits, int latent) {
-                        keep_best<Keys, General, 1>(a, reinterpret_cast<const float(&)[1][kAccs]>(acc), limits, latent, dynamic_shared(), buffers, rows, *shared.cuts);
+                      [&](const float(&acc)[1][kAccs], const float* limits, int latent) {
+                        keep_best<Keys, General>(a, acc, limits, latent, dynamic_shared(), buffers, rows, *shared.cuts);
                       });
 #pragma unroll 1
   for (int half = 0; half < 2; ++half) {
@@ -126,7 +126,7 @@ __global__ void __launch_bounds__(fused_threads(kMostGroups<KC, Keys>), 1) topk_
     give_registers<32>();
     if (warp == workers) stream_weights<KC, General>(a, shared);
   } else {
-    take_registers<kRowRegisters<KC, Keys>>();
+    take_registers<kRowRegisters<kMostGroups<KC, Keys>>>();
     select_rows_of_warp<T, KC, Keys, General>(
         a, shared, (int64_t(blockIdx.x) * workers + warp) * kWarpRows,
         shared.keys + warp * kWarpRows * kRowKeys<Keys>);

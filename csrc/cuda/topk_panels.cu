@@ -19,20 +19,20 @@ void encode_panels(Tensor x, Tensor W, Tensor lines, Tensor pool, Tensor keys, i
   args.tiles = static_cast<int>(ceil_div(d_sae, kWideLatents));
   args.strips = static_cast<int>(keys.size(1));
   args.strip_tiles = static_cast<int>(strip_tiles);
-  args.items = static_cast<int>(ceil_div(rows, kPanelRows * kClusterBlocks) * args.strips);
-  const int64_t clusters = std::min<int64_t>(args.items, pool.numel() / kPoolBytes / kClusterBlocks);
+  args.items = static_cast<int>(ceil_div(rows, kPanelRows) * args.strips);
+  const int64_t blocks = std::min<int64_t>(args.items, pool.numel() / kPoolBytes);
   const bool fits = d_in > 0 && d_in % 8 == 0 && args.k <= kLargestFused<kPanelKeys> && activation != kAbs &&
                     aligned(16, x.const_data_ptr()) && aligned(16, W.const_data_ptr()) && aligned(16, args.lines);
-  STD_TORCH_CHECK(fits && clusters > 0 && keys.size(0) == rows && lines.scalar_type() == x.scalar_type() &&
+  STD_TORCH_CHECK(fits && blocks > 0 && keys.size(0) == rows && lines.scalar_type() == x.scalar_type() &&
                       lines.numel() == int64_t(args.tiles) * kWideLatents * kLinePitch / 2 &&
                       args.strips == ceil_div(args.tiles, args.strip_tiles),
                   "sae_kernels: these tensors do not fit the encoder of panels");
   const bool is_bf16 = x.scalar_type() == ScalarType::BFloat16;
   for (const char* error : {map_matrix(args.x, x.const_data_ptr(), rows, d_in, kPanelRows, is_bf16),
-                            map_matrix(args.W, W.const_data_ptr(), d_sae, d_in, kBoxLatents, is_bf16)})
+                            map_matrix(args.W, W.const_data_ptr(), d_sae, d_in, kWideLatents, is_bf16)})
     STD_TORCH_CHECK(error == nullptr, "sae_kernels: ", error ? error : "");
-  launch<true>(is_bf16 ? topk_encode_panels<bf16> : topk_encode_panels<fp16>, grid_of(clusters * kClusterBlocks),
-               kPanelThreads, args, x, kPanelBytes);
+  launch(is_bf16 ? topk_encode_panels<bf16> : topk_encode_panels<fp16>, grid_of(blocks), kPanelThreads, args, x,
+         kPanelBytes);
 }
 
 void merge_keys(Tensor keys, Tensor values, Tensor indices) {

@@ -1,17 +1,15 @@
 // The k best of every row without pre-activations in memory, for rows too long for registers: a block takes 128 rows
 // and a strip of the latents at a time, two warpgroups multiply them by 256 latents after 256, and what a tile leaves
 // in their accumulators goes through topk_rows.cuh. The rows' buffers lie in global memory, a block's own, and so in
-// L2. Of a strip, every row leaves its k best; the strips' are put together afterwards. Blocks that run at once take
-// few panels of rows and all strips, so that x and what W has in use stay in L2.
+// L2. Of a strip, every row leaves its k best; where there are several strips a kernel of its own puts them together.
 //
-// Traffic: of 32 KiB from L2 and 16 that a neighbour sends, 128 x 256 x 64 products, as the two blocks of a cluster fetch
-// the latents for each other; 128 accumulators of a thread are looked through once for all of the depth.
+// Traffic: of 48 KiB from L2, 128 x 256 x 64 products, which is what binds it; 128 accumulators of a thread are looked
+// through once for all of the depth.
 #pragma once
 
-#include "cuda/cluster.cuh"
 #include "cuda/dynamic_shared.cuh"
 #include "cuda/tensor_map.cuh"
-#include "cuda/topk_rows.cuh"
+#include "cuda/topk_ends.cuh"
 #include "cuda/wide_product.cuh"
 
 namespace sae_kernels {
@@ -20,7 +18,6 @@ constexpr int kWideParts = 4, kWideLatents = kWideParts * kTileLatents, kPanelGr
 constexpr int kPanelRows = kPanelGroups * kGroupRows, kPanelStages = 4, kPanelKeys = 6;
 constexpr int kPanelThreads = (kPanelGroups + 1) * kGroupWarps * kWarp;
 constexpr int kRowsBytes = kGroupRows * kTileDepth * 2, kLatentsBytes = kWideLatents * kTileDepth * 2;
-constexpr int kBoxLatents = kWideLatents / kClusterBlocks;  // that a block fetches for all of its cluster
 constexpr int kWideLineBytes = kWideParts * kLineBytes;
 constexpr int kStageBytes = kPanelGroups * kRowsBytes + kLatentsBytes;
 constexpr int64_t kPanelBytes =
@@ -28,19 +25,19 @@ constexpr int64_t kPanelBytes =
 constexpr int64_t kPoolBytes = int64_t(kPanelRows) * kRowKeys<kPanelKeys> * sizeof(uint64_t);  // of a block
 
 struct PanelArgs : RowArgs {
-  TensorMap x, W;        // [rows, d_in] in boxes of kPanelRows, [d_sae, d_in] in boxes of kBoxLatents
+  TensorMap x, W;        // [rows, d_in] in boxes of 128 rows, [d_sae, d_in] in boxes of 256
   const unsigned char* lines;  // [tiles, kWideLineBytes] biases
   unsigned char* pool;   // [blocks, kPoolBytes]
   uint64_t* keys;        // [rows, strips, k]: of each strip, in any order; 0: none
   int depth;             // chunks of 64 elements
   int tiles;             // of 256 latents
-  int strips, strip_tiles, items;  // items: panels of a cluster x strips
+  int strips, strip_tiles, items;  // items: panels x strips
 };
 
 struct PanelShared {
   unsigned char *stages, *lines, *zeros, *ones;
   Barrier *full, *empty;
-  ClusterSignal* cuts;
+  Signal* cuts;
 
   __device__ __forceinline__ PanelShared() {
     unsigned char* at = dynamic_shared();
@@ -50,7 +47,7 @@ struct PanelShared {
     zeros = ones + kLineBytes;
     full = reinterpret_cast<Barrier*>(zeros + kWideLineBytes);
     empty = full + kPanelStages;
-    cuts = reinterpret_cast<ClusterSignal*>(empty + kPanelStages);
+    cuts = reinterpret_cast<Signal*>(empty + kPanelStages);
   }
   // Before a barrier of the whole block. one: its bits in the type of x.
   __device__ __forceinline__ void begin(uint32_t one, int workers) {
@@ -58,7 +55,7 @@ struct PanelShared {
       reinterpret_cast<uint32_t*>(ones)[i] = i < kLineBytes / 4 && i % (kLinePitch / 4) == 0 ? one : 0;
     if (threadIdx.x == 0) {
       cuts->at = 0;
-      for (int s = 0; s < kPanelStages; ++s) full[s].init(kFillers), empty[s].init(workers * kClusterBlocks);
+      for (int s = 0; s < kPanelStages; ++s) full[s].init(kFillers), empty[s].init(workers);
     }
     show_barriers();
   }
@@ -73,20 +70,17 @@ struct StageAt {
   }
 };
 
-// Calls use(first row, strip, its first tile, the tile after its last) for the items of this block's cluster: blocks of
-// a cluster take neighbouring panels, the last of which may be empty.
+// Calls use(first row, strip, its first tile, the tile after its last) for the items of this block.
 template <class F> __device__ __forceinline__ void over_items(const PanelArgs& a, F&& use) {
-  for (int item = blockIdx.x / kClusterBlocks; item < a.items; item += gridDim.x / kClusterBlocks) {
+  for (int item = blockIdx.x; item < a.items; item += gridDim.x) {
     const int first = item % a.strips * a.strip_tiles;
-    const int64_t panel = int64_t(item / a.strips) * kClusterBlocks + block_of_cluster();
-    use(panel * kPanelRows, item % a.strips, first, min(a.tiles, first + a.strip_tiles));
+    use(int64_t(item / a.strips) * kPanelRows, item % a.strips, first, min(a.tiles, first + a.strip_tiles));
   }
 }
 
-// One warp fills the stages: the block's rows, and its share of the latents for the whole cluster.
+// One warp fills the stages.
 __device__ void stream_panels(const PanelArgs& a, const PanelShared& shared) {
   StageAt at;
-  const int share = block_of_cluster();
   over_items(a, [&](int64_t row, int, int first, int end) {
     for (int tile = first; tile < end; ++tile)
       for (int chunk = 0; chunk < a.depth; ++chunk, at.next()) {
@@ -96,10 +90,9 @@ __device__ void stream_panels(const PanelArgs& a, const PanelShared& shared) {
         const bool last = chunk == a.depth - 1;
         begin_fill(full, kStageBytes + last * kWideLineBytes);
         copy_box(stage, a.x, int(row), chunk * kTileDepth, full);
-        copy_box_to_all(stage + kPanelGroups * kRowsBytes + share * (kLatentsBytes / kClusterBlocks), a.W,
-                        tile * kWideLatents + share * kBoxLatents, chunk * kTileDepth, full);
-        if (last)
-          copy(shared.lines + at.stage * kWideLineBytes, a.lines + int64_t(tile) * kWideLineBytes, kWideLineBytes, full);
+        copy_box(stage + kPanelGroups * kRowsBytes, a.W, tile * kWideLatents, chunk * kTileDepth, full);
+        const unsigned char* lines = a.lines + int64_t(tile) * kWideLineBytes;
+        if (last) copy(shared.lines + at.stage * kWideLineBytes, lines, kWideLineBytes, full);
         end_fill(full);
       }
   });
@@ -110,7 +103,7 @@ template <class T> __device__ __forceinline__ void wide_tile(const PanelArgs& a,
                                                              StageAt& at, float (&acc)[kWideParts][kAccs]) {
   const auto give_back = [&](int stage) {
     __syncwarp();  // of all lanes
-    if (threadIdx.x % kWarp == 0) arrive_at_all(shared.empty[stage]);
+    if (threadIdx.x % kWarp == 0) shared.empty[stage].arrive();
   };
   const auto multiply_next = [&](bool first) {
     shared.full[at.stage].wait(at.round % 2);
@@ -155,7 +148,7 @@ template <class T> __device__ void select_strips(const PanelArgs& a, const Panel
       keep_best<kPanelKeys, false>(a, acc, nullptr, tile * kWideLatents + 2 * (lane % 4), pool, buffers, rows,
                                    *shared.cuts, tile == first);
     }
-    cut_rows<kPanelKeys, false>(a, a.k, buffers, rows);
+    cut_rows<kPanelKeys, false, true>(a, a.k, buffers, rows);
 #pragma unroll 1
     for (int number = 0; number < kWarpRows; ++number) {
       const int64_t mine = row + warp * kWarpRows + number;
@@ -163,10 +156,11 @@ template <class T> __device__ void select_strips(const PanelArgs& a, const Panel
       uint64_t* buffer = buffers + number * kRowKeys<kPanelKeys>;
       uint64_t* keys = a.keys + (mine * a.strips + strip) * a.k;
       if (entries_of<kPanelKeys>(rows, number) == a.k) {
-        for (int j = lane; j < a.k; j += kWarp) keys[j] = KeyOf(a)(entry_at<kPanelKeys>(buffer, j));
-        continue;
+        bool known = true;
+        for (int j = lane; j < a.k; j += kWarp) known &= (keys[j] = KeyOf(a)(entry_at<kPanelKeys>(buffer, j))) > 0;
+        if (__all_sync(kAllLanes, known)) continue;
       }
-      const int n = best_keys<kPanelKeys>(a, rows, number % 8, number / 8, buffer, first * kWideLatents,
+      const int n = best_keys<kPanelKeys, false>(a, rows, number % 8, number / 8, buffer, first * kWideLatents,
                                           min(end * kWideLatents, a.d_sae));
       for (int j = lane; j < a.k; j += kWarp) keys[j] = j < n ? buffer[j] : 0;
       __syncwarp();
@@ -174,14 +168,14 @@ template <class T> __device__ void select_strips(const PanelArgs& a, const Panel
   });
 }
 
-// Clusters for all multiprocessors; the last warpgroup only copies.
+// As many blocks as there are multiprocessors; the last warpgroup only copies.
 template <class T>
 __global__ void __launch_bounds__(kPanelThreads, 1) topk_encode_panels(const __grid_constant__ PanelArgs a) {
 #if SK_HAS_WIDE
   PanelShared shared;
   const int warp = __shfl_sync(kAllLanes, int(threadIdx.x / kWarp), 0), workers = kPanelGroups * kGroupWarps;
   shared.begin(one_of(T{}), workers);
-  sync_cluster();
+  __syncthreads();
   if (warp >= workers) {
     give_registers<24>();
     if (warp == workers) stream_panels(a, shared);
@@ -189,7 +183,6 @@ __global__ void __launch_bounds__(kPanelThreads, 1) topk_encode_panels(const __g
     take_registers<240>();
     select_strips<T>(a, shared, warp);
   }
-  sync_cluster();  // no block ends while another still arrives at its barriers
 #endif
 }
 

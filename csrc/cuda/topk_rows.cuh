@@ -22,6 +22,8 @@ constexpr int kHalfBits = kAccs / 4;  // of half a tile, what a lane has of a ro
 // A row's buffer: a segment for each of the row's four lanes. One key more lets rows begin at different banks.
 template <int Keys> constexpr int kSegment = 8 * Keys;
 template <int Keys> constexpr int kRowKeys = 4 * kSegment<Keys> + 1;
+// Whether registers hold a segment, so that a warp can cut all its rows at once.
+template <int Keys, bool General> constexpr bool kTogether = Keys <= 3 || (Keys <= 6 && (SK_WGMMA || !General));
 // What a cut leaves at most, so that half a tile fits each segment; also the largest k.
 template <int Keys> constexpr int kLargestFused = 4 * (kSegment<Keys> - kHalfBits);
 
@@ -128,10 +130,11 @@ template <int Keys> __device__ __forceinline__ void cut_full_rows(const RowArgs&
 // The sum over the four lanes of a row.
 __device__ __forceinline__ int row_sum(int x) { return team_sum(x, 4); }
 
-// Cuts all of the warp's buffers at once, each by the four lanes of its row: to a score that a.k entries reach and, but
-// for equal ones, no more than `most`. The bound rises to it; where fewer than that are there nothing is cut. Entry j of
-// a row is then in segment j % 4, at j / 4.
-template <int Keys, bool General>
+// Cuts all of the warp's buffers at once, each by the four lanes of its row: to a score that a.k entries reach and,
+// but for equal ones, no more than `most`. The bound rises to it; where fewer than that are there nothing is cut.
+// Entry j of a row is then in segment j % 4, at j / 4. AtOnce: whether entries are read whole, where reading takes long
+// and registers are free.
+template <int Keys, bool General, bool AtOnce>
 __device__ __forceinline__ void cut_rows(const RowArgs& a, int most, uint64_t* buffers, RowState& rows) {
   const int lane = threadIdx.x % kWarp, column = lane % 4;
   const bool is_abs = General && a.activation == kAbs;
@@ -140,13 +143,20 @@ __device__ __forceinline__ void cut_rows(const RowArgs& a, int most, uint64_t* b
 #pragma unroll 1
   for (int half = 0; half < 2; ++half) {
     uint64_t* row = buffers + (lane / 4 + 8 * half) * kRowKeys<Keys>;
+    const uint64_t* segment = row + column * kSegment<Keys>;
     const int mine = ((half ? rows.next[1] : rows.next[0]) - rows.begin) / int(sizeof(uint64_t));
     const float bound = half ? rows.bound[1] : rows.bound[0];
-    const auto* segment = reinterpret_cast<const uint32_t*>(row + column * kSegment<Keys>);
     float pre[kSegment<Keys>], top = missing;
+    uint32_t latent[kSegment<Keys>];
 #pragma unroll
     for (int i = 0; i < kSegment<Keys>; ++i) {
-      pre[i] = __uint_as_float(segment[2 * i + 1]);
+      if constexpr (AtOnce) {
+        const uint64_t entry = segment[i];
+        latent[i] = uint32_t(entry);
+        pre[i] = __uint_as_float(uint32_t(entry >> 32));
+      } else {
+        pre[i] = __uint_as_float(reinterpret_cast<const uint32_t*>(segment + i)[1]);
+      }
       if (i >= mine) pre[i] = missing;
       top = fmaxf(top, score_of(pre[i]));
     }
@@ -175,9 +185,9 @@ __device__ __forceinline__ void cut_rows(const RowArgs& a, int most, uint64_t* b
       all += other;
       if (i < column) before += other;
     }
-    uint32_t latent[kSegment<Keys>];
+    if constexpr (!AtOnce)
 #pragma unroll
-    for (int i = 0; i < kSegment<Keys>; ++i) latent[i] = segment[2 * i];
+      for (int i = 0; i < kSegment<Keys>; ++i) latent[i] = *reinterpret_cast<const uint32_t*>(segment + i);
     __syncwarp();  // all lanes have read theirs
 #pragma unroll
     for (int i = 0; i < kSegment<Keys>; ++i) {
@@ -193,6 +203,17 @@ __device__ __forceinline__ void cut_rows(const RowArgs& a, int most, uint64_t* b
       rows.next[h] = next;
       rows.bound[h] = raised;
     }
+  }
+}
+
+// The same with buffers that are too large for registers, row by row.
+template <int Keys, bool General, bool AtOnce>
+__device__ __forceinline__ void cut_all_rows(const RowArgs& a, int most, uint64_t* buffers, RowState& rows) {
+  if constexpr (kTogether<Keys, General>) {
+    cut_rows<Keys, General, AtOnce>(a, most, buffers, rows);
+  } else {
+    unsigned all[2] = {kAllLanes, kAllLanes};
+    cut_full_rows<Keys>(a, all, buffers, rows);
   }
 }
 
@@ -288,11 +309,12 @@ __device__ __forceinline__ void join_buffers(const RowArgs& a, const float (&acc
 
 // The best of N tiles join the buffers. latent: the lane's first one; pool: where offsets in `rows` begin. Warps of a
 // block wait for each other's products: where one's buffers are almost full, it calls on all to cut theirs at one time.
-template <int Keys, bool General, int N, class S>
+template <int Keys, bool General, int N>
 __device__ __forceinline__ void keep_best(const RowArgs& a, const float (&acc)[N][kAccs], const float* limits,
-                                          int latent, unsigned char* pool, uint64_t* buffers, RowState& rows, S& cuts,
-                                          bool cut = false) {
+                                          int latent, unsigned char* pool, uint64_t* buffers, RowState& rows,
+                                          Signal& cuts, bool cut = false) {
   constexpr int kAlmost = kSegment<Keys> - 4 - 2 * N;
+  const int most = min(a.k + kSlack, kLargestFused<Keys>);
   const int called = cuts.read(), next[2] = {rows.next[0], rows.next[1]};
   if constexpr (General)
 #pragma unroll
@@ -312,96 +334,11 @@ __device__ __forceinline__ void keep_best(const RowArgs& a, const float (&acc)[N
         join_buffers<Keys, General>(a, acc, limits, latent, pool, rows, half, out);
       }
     }
-    if (__any_sync(kAllLanes, cut)) cut_rows<Keys, General>(a, a.k + kSlack, buffers, rows);
+    if (__any_sync(kAllLanes, cut)) cut_all_rows<Keys, General, (N > 1)>(a, most, buffers, rows);
     rows.cuts = max(called, rows.cuts);
   }
   const int last = rows.begin + kAlmost * int(sizeof(uint64_t));
   if (max(rows.next[0], rows.next[1]) > last) cuts.raise(rows.cuts + 1);
-}
-
-struct WarpTeam { static constexpr int kTeam = kWarp; };
-
-// Where fewer latents than k passed: the lowest of the others fill up, at the lowest score, as far as `first` to `end`
-// has any. buffer: n keys; returns how many they are then.
-__device__ __forceinline__ int fill_up(const RowArgs& a, uint64_t* buffer, int n, int first, int end) {
-  const int lane = threadIdx.x % kWarp, taken = n;
-  const uint32_t floor = a.activation == kNone ? kFloor<kNone> : kFloor<kRelu>;
-  for (; n < a.k && first < end; first += kWarp) {
-    bool free = first + lane < end;
-    for (int at = 0; at < taken; ++at) free &= latent_in(buffer[at]) != first + lane;
-    const unsigned votes = __ballot_sync(kAllLanes, free);
-    const int at = n + __popc(votes & ((1u << lane) - 1));
-    if (free && at < a.k) buffer[at] = key_of(floor, first + lane, false);
-    n = min(a.k, n + __popc(votes));
-  }
-  __syncwarp();
-  return n;
-}
-
-// The k best keys of a row, in any order, at the beginning of its buffer; returns how many there are in latents `first`
-// to `end`, fewer than k only where these are fewer.
-template <int Keys> __device__ __forceinline__ int best_keys(const RowArgs& a, const RowState& rows, int quad, int half,
-                                                             uint64_t* buffer, int first, int end) {
-  const KeyOf read(a);
-  uint32_t bound;
-  const int n = cut_row<Keys>(rows, quad, half, buffer, a.k, a.k, read, [](int j) { return j; }, bound);
-  for (int at = threadIdx.x % kWarp; at < n; at += kWarp) buffer[at] = read(buffer[at]);
-  __syncwarp();
-  return fill_up(a, buffer, n, first, end);
-}
-
-// How many of its rows' entries a warp has where exactly k are to be left; of `row`, 0 to 15.
-template <int Keys> __device__ __forceinline__ int entries_of(const RowState& rows, int row) {
-  const int mine = ((row / 8 ? rows.next[1] : rows.next[0]) - rows.begin) / int(sizeof(uint64_t));
-  return __shfl_sync(kAllLanes, row_sum(mine), row % 8 * 4);
-}
-// Entry j of a row, after cut_rows.
-template <int Keys> __device__ __forceinline__ uint64_t entry_at(const uint64_t* row, int j) {
-  return row[j % 4 * kSegment<Keys> + j / 4];
-}
-
-// The end of one row: its k best keys, in order.
-template <int Keys> __device__ void finish_row(const RowArgs& a, const RowState& rows, int number, int64_t first_row,
-                                               uint64_t* buffers) {
-  const int lane = threadIdx.x % kWarp;
-  const int64_t row = first_row + number;
-  uint64_t* buffer = buffers + number * kRowKeys<Keys>;
-  if (row >= a.rows) return;
-  best_keys<Keys>(a, rows, number % 8, number / 8, buffer, 0, a.d_sae);
-  sort_descending<WarpTeam>(buffer, a.k, a.k, lane);
-  for (int j = lane; j < a.k; j += kWarp)
-    write_code(a.values, a.indices, a.dtype, row * a.k + j, buffer[j], a.activation == kAbs);
-}
-
-// The end of all of a warp's rows: several at a time where each has its k entries, at most one per lane.
-template <int Keys, bool General>
-__device__ void finish_rows(const RowArgs& a, RowState& rows, int64_t first_row, uint64_t* buffers) {
-  constexpr int kAtOnce = 4;
-  const int lane = threadIdx.x % kWarp;
-  cut_rows<Keys, General>(a, a.k, buffers, rows);
-#pragma unroll 1
-  for (int first = 0; first < kWarpRows; first += kAtOnce) {
-    bool plain = a.k <= kWarp;
-#pragma unroll
-    for (int i = 0; i < kAtOnce; ++i)
-      plain &= first_row + first + i >= a.rows || entries_of<Keys>(rows, first + i) == a.k;
-    if (!plain) {
-#pragma unroll 1
-      for (int i = 0; i < kAtOnce; ++i) finish_row<Keys>(a, rows, first + i, first_row, buffers);
-      continue;
-    }
-    uint64_t key[kAtOnce];
-#pragma unroll
-    for (int i = 0; i < kAtOnce; ++i)
-      key[i] = lane < a.k ? KeyOf(a)(entry_at<Keys>(buffers + (first + i) * kRowKeys<Keys>, lane)) : 0;
-    sort_warp(key);
-#pragma unroll
-    for (int i = 0; i < kAtOnce; ++i) {
-      const int64_t row = first_row + first + i;
-      if (lane < a.k && row < a.rows)
-        write_code(a.values, a.indices, a.dtype, row * a.k + lane, key[i], a.activation == kAbs);
-    }
-  }
 }
 
 }  // namespace sae_kernels

@@ -3,7 +3,7 @@
 #pragma once
 
 #include "cuda/dynamic_shared.cuh"
-#include "cuda/topk_rows.cuh"
+#include "cuda/topk_ends.cuh"
 
 namespace sae_kernels {
 
@@ -17,8 +17,8 @@ struct FusedArgs : RowArgs {
 };
 
 // Warpgroups whose registers hold rows: as many as these can be dealt out to, and no more than there are buffers for.
-template <int KC, int Keys> constexpr int kMostGroups = SK_WGMMA ? Keys > 3 ? 2 : 3 : KC == 4 ? 1 : 2;
-template <int KC, int Keys> constexpr int kRowRegisters = kMostGroups<KC, Keys> == 3 ? 160 : 232;
+template <int KC, int Keys> constexpr int kMostGroups = Keys > 5 ? 1 : SK_WGMMA ? Keys > 3 ? 2 : 3 : KC == 4 ? 1 : 2;
+template <int Groups> constexpr int kRowRegisters = Groups == 3 ? 160 : Groups == 2 ? 232 : 248;
 constexpr int kLimitBytes = kTileLatents * sizeof(float), kLinesBytes = kLineBytes + kLimitBytes;  // of a tile
 constexpr int kFewestStages = 4;  // two tiles of two chunks, held until both are looked through
 constexpr int fused_threads(int groups) { return (groups + 1) * kGroupWarps * kWarp; }

@@ -45,7 +45,7 @@ def topk_encode(
     Checked arguments of one dtype, float32 or narrower. trims: int32 [1], counts the rows (per chunk of latents) of the
     slab path that brought more candidates than their buffer holds and were trimmed early; only a measure of speed.
     Workspace: at most SlabPlan.nbytes of products and 8 k bytes per row of them; where the fused kernel runs, a copy of
-    W.
+    W; by panels 200 KB per multiprocessor and 8 k bytes per row and strip, of as many rows as 64 MiB hold.
     """
     values, indices = x.new_empty(x.shape[0], k), x.new_empty(x.shape[0], k, dtype=torch.int32)
     choose(x, W, b, k, activation, mask, values, indices, trims=trims)
@@ -64,7 +64,7 @@ def choose(
     x, W = x.contiguous(), W.contiguous()
     bias = None if b is None else b.float().contiguous()
     limit = None if threshold is None else threshold.contiguous()
-    layout = layout_of(x, W, k) if mask is None else None
+    layout = layout_of(x, W, k, limit is not None) if mask is None else None
     if layout is not None:
         sample = layout.sample if limit is None else 0
         image = x.new_empty(layout.image_bytes, dtype=torch.uint8)
@@ -93,28 +93,31 @@ class FusedLayout(NamedTuple):
     image_bytes: int
 
 
-def layout_of(x: Tensor, W: Tensor, k: int) -> FusedLayout | None:
-    """Of the fused kernel for these; None: it does not take them."""
+def layout_of(x: Tensor, W: Tensor, k: int, limited: bool = False) -> FusedLayout | None:
+    """Of the fused kernel for these; None: it does not take them. limited: by a threshold, which few latents reach."""
     gpu = _gpu_of(x.device)
-    return fused_layout(x.dtype, *W.shape[::-1], k, gpu.shared_bytes, gpu.hopper) if x.data_ptr() % 4 == 0 else None
+    if x.data_ptr() % 4 > 0:
+        return None
+    return fused_layout(x.dtype, *W.shape[::-1], k, gpu.shared_bytes, gpu.hopper, limited)
 
 
 _LINE_BYTES = 64 * 16 + 64 * 4  # biases and limits
 _STAGE_BYTES = 64 * 64 * 2 + _LINE_BYTES + 16  # and barriers
 _COMMON_BYTES = 1024 + 64 * 16 + 16  # to where tiles may begin, zeros, a signal
 _LARGEST_DEPTH, _FEWEST_MORE, _MOST_STAGES = 256, 3, 16  # stages beside those of a tile
-_BUFFERS = {40: 3 * 32 + 1, 128: 5 * 32 + 1}  # the largest k -> keys in a row's buffer: kFewest, kRowKeys
+_BUFFERS = {40: (3 * 32 + 1, 3), 128: (5 * 32 + 1, 2), 256: (9 * 32 + 1, 1)}  # largest k -> keys of a row, most groups
 
 
 def fused_layout(
-    dtype: torch.dtype, d_in: int, d_sae: int, k: int, shared_bytes: int, hopper: bool
+    dtype: torch.dtype, d_in: int, d_sae: int, k: int, shared_bytes: int, hopper: bool, limited: bool = False
 ) -> FusedLayout | None:
     """How the fused kernel lies in a block's shared memory; None: it does not take this shape, or does not fit."""
-    if dtype not in (torch.bfloat16, torch.float16) or d_in % 2 or d_in > _LARGEST_DEPTH or k > 128:
+    largest_k = 256 if limited else 128
+    if dtype not in (torch.bfloat16, torch.float16) or d_in % 2 or d_in > _LARGEST_DEPTH or k > largest_k:
         return None
-    keys = next(size for most, size in _BUFFERS.items() if k <= most)
+    keys, most_groups = next(size for most, size in _BUFFERS.items() if k <= most)
     chunks = 1 << (-(-d_in // 64) - 1).bit_length()
-    most_groups = (3 if k <= 40 else 2) if hopper else 1 if chunks == 4 else 2  # kMostGroups
+    most_groups = min(most_groups, 3 if hopper else 1 if chunks == 4 else 2)  # kMostGroups
     for groups in range(most_groups, 0, -1):
         stages = (shared_bytes - _COMMON_BYTES - groups * 64 * keys * 8) // _STAGE_BYTES
         if stages >= chunks + _FEWEST_MORE:
@@ -149,43 +152,38 @@ def _gpu_of(device: torch.device) -> Gpu:
 
 
 _PANEL_ROWS, _WIDE_LATENTS, _POOL_BYTES = 128, 256, 128 * (6 * 32 + 1) * 8  # of topk_panels.cuh
-_PANELS_IN_L2, _PANEL_KEYS_BYTES, _LARGEST_MERGE = 56 * 2**20, 64 * 2**20, 4096
+_PANEL_KEYS_BYTES, _LARGEST_MERGE = 64 * 2**20, 4096
 _FEWEST_STRIP_TILES = 8
 
 
 def takes_panels(x: Tensor, W: Tensor, k: int, activation: int) -> bool:
-    """Whether the kernel of topk_panels.cuh can and should encode x by W: not where rows are too few for all of the GPU."""
+    """Whether the kernel of topk_panels.cuh can and should encode x by W: not where rows are too few to fill a GPU."""
     narrow = x.dtype in (torch.bfloat16, torch.float16) and x.shape[1] % 8 == 0
     gpu = _gpu_of(x.device)
     fits = gpu.hopper and narrow and k <= 128 and activation != _ABS
     aligned = x.data_ptr() % 16 == 0 and W.data_ptr() % 16 == 0
     if not (fits and aligned and tuning.long_plan(x.shape[1], x.element_size()).panels):
         return False
-    return _pairs(x.shape[0]) * _most_strips(-(-W.shape[0] // _WIDE_LATENTS), k) >= gpu.processors // 2
+    return _panels(x.shape[0]) * _most_strips(-(-W.shape[0] // _WIDE_LATENTS), k) >= gpu.processors
 
 
-def _pairs(rows: int) -> int:
-    """Of panels: what the two blocks of a cluster take."""
-    return -(-rows // (2 * _PANEL_ROWS))
+def _panels(rows: int) -> int:
+    return -(-rows // _PANEL_ROWS)
 
 
 def _most_strips(tiles: int, k: int) -> int:
     return max(1, min(tiles // _FEWEST_STRIP_TILES, _LARGEST_MERGE // k))
 
 
-def strips_of(rows: int, d_in: int, tiles: int, k: int, processors: int) -> int:
-    """Tiles of a strip: so many strips that those panels of rows which run at once stay in L2 together, and that all
-    multiprocessors have one.
-    """
-    for_cache = -(-processors * _PANEL_ROWS * d_in * 2 // _PANELS_IN_L2)
-    for_all = -(-(processors // 2) // _pairs(rows))
-    return -(-tiles // min(max(for_cache, for_all), _most_strips(tiles, k)))
+def strips_of(rows: int, tiles: int, k: int, processors: int) -> int:
+    """Tiles of a strip: as few strips as give each multiprocessor one, as each begins without a bound."""
+    return -(-tiles // min(-(-processors // _panels(rows)), _most_strips(tiles, k)))
 
 
 def _by_panels(x, W, bias, k, activation, values, indices) -> None:
     d_sae, processors = W.shape[0], _gpu_of(x.device).processors
     tiles = -(-d_sae // _WIDE_LATENTS)
-    strip_tiles = strips_of(*x.shape, tiles, k, processors)
+    strip_tiles = strips_of(x.shape[0], tiles, k, processors)
     strips = -(-tiles // strip_tiles)
     lines = _lines(bias, d_sae, tiles * _WIDE_LATENTS, x, -torch.inf if activation == _NONE else 0.0)
     pool = x.new_empty(processors * _POOL_BYTES, dtype=torch.uint8)

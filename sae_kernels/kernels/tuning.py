@@ -82,11 +82,11 @@ class ShortPlan:
 
 @dataclass(frozen=True)
 class LongPlan:
-    """Of CUDA C++, for longer rows. panels: whether they go by panels, without a slab; not before a GPU measured it.
-    nbytes: of a slab.
+    """Of CUDA C++, for longer rows. panels: whether they go by panels, without a slab, on a GPU that can; nbytes: of a
+    slab.
     """
 
-    panels: bool = False
+    panels: bool
     nbytes: int = SlabPlan.nbytes
 
 
@@ -96,7 +96,8 @@ def short_plan(d_in: int, element_size: int) -> ShortPlan:
 
 
 def long_plan(d_in: int, element_size: int) -> LongPlan:
-    return _tuned("long", bucket(d_in, element_size), LongPlan())
+    """An H200 encoded rows of 1536 and 4096 faster by panels; shorter ones were not tried."""
+    return _tuned("long", bucket(d_in, element_size), LongPlan(panels=d_in > 1024))
 
 
 @dataclass(frozen=True)

@@ -145,6 +145,7 @@ inline unsigned __ballot_sync(unsigned mask, int x) {
   });
 }
 inline int __any_sync(unsigned mask, int x) { return __ballot_sync(mask, x) != 0; }
+inline int __all_sync(unsigned mask, int x) { return __ballot_sync(mask, x) == 0xffffffffu; }
 inline int __reduce_add_sync(unsigned mask, int x) {
   return cuda_host::collective("__reduce_add_sync", mask, x, [](auto lane) {
     int sum = 0;
@@ -157,6 +158,13 @@ inline unsigned __reduce_max_sync(unsigned mask, unsigned x) {
     unsigned most = 0;
     for (unsigned i = 0; i < cuda_host::kLanes; ++i) most = std::max(most, lane(i));
     return most;
+  });
+}
+inline unsigned __reduce_or_sync(unsigned mask, unsigned x) {
+  return cuda_host::collective("__reduce_or_sync", mask, x, [](auto lane) {
+    unsigned all = 0;
+    for (unsigned i = 0; i < cuda_host::kLanes; ++i) all |= lane(i);
+    return all;
   });
 }
 template <class T> T atomicAdd(T* at, T value) {

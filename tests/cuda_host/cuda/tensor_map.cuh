@@ -24,8 +24,5 @@ inline void copy_box(void* to, const TensorMap& map, int row, int column, Barrie
       std::memcpy(static_cast<char*>(to) + tile_place(n, d / 8) + d % 8 * 2, &bits, 2);
     }
 }
-inline void copy_box_to_all(void* to, const TensorMap& map, int row, int column, Barrier& full) {
-  copy_box(to, map, row, column, full);
-}
 
 }  // namespace sae_kernels
