@@ -150,14 +150,9 @@ __device__ __forceinline__ void cut_rows(const RowArgs& a, int most, uint64_t* b
     uint32_t latent[kSegment<Keys>];
 #pragma unroll
     for (int i = 0; i < kSegment<Keys>; ++i) {
-      if constexpr (AtOnce) {
-        const uint64_t entry = segment[i];
-        latent[i] = uint32_t(entry);
-        pre[i] = __uint_as_float(uint32_t(entry >> 32));
-      } else {
-        pre[i] = __uint_as_float(reinterpret_cast<const uint32_t*>(segment + i)[1]);
-      }
-      if (i >= mine) pre[i] = missing;
+      const uint64_t entry = segment[i];
+      if constexpr (AtOnce) latent[i] = uint32_t(entry);
+      pre[i] = i < mine ? __uint_as_float(uint32_t(entry >> 32)) : missing;
       top = fmaxf(top, score_of(pre[i]));
     }
     top = fmaxf(top, __shfl_xor_sync(kAllLanes, top, 1));
@@ -187,7 +182,7 @@ __device__ __forceinline__ void cut_rows(const RowArgs& a, int most, uint64_t* b
     }
     if constexpr (!AtOnce)
 #pragma unroll
-      for (int i = 0; i < kSegment<Keys>; ++i) latent[i] = *reinterpret_cast<const uint32_t*>(segment + i);
+      for (int i = 0; i < kSegment<Keys>; ++i) latent[i] = uint32_t(segment[i]);
     __syncwarp();  // all lanes have read theirs
 #pragma unroll
     for (int i = 0; i < kSegment<Keys>; ++i) {
