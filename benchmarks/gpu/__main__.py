@@ -16,7 +16,7 @@ rows under the next commit are measured with it. What becomes part of the reposi
 benchmarks/results/<device>/.
 
 Needs Python 3.10, torch 2.10 with CUDA, Triton 3.6, numpy, pytest and hypothesis; for the CUDA C++ kernels nvcc of
-torch's CUDA release and setuptools 77 (one GPU generation compiles in about half a minute of one core); pytest-xdist to
+torch's CUDA release and setuptools 77 (one GPU generation compiles in about two minutes of one core); pytest-xdist to
 use more than one core per op. What is missing can be brought as wheels on PYTHONPATH. No network, no git (then give
 --commit), no install: it runs from the root of the sources, and nothing built elsewhere is needed. Peers that are not
 installed have no rows; eai-sparsify and sae-lens can be brought as wheels too. `--device cpu` rehearses all this in
