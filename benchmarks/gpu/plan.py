@@ -34,14 +34,7 @@ SMALL = (
 )
 TINY = Case("tiny", 4, 8, 40, 3, "float32", (*EVERY, "serving"), quick=True)
 
-TUNED = (
-    "fused",
-    "select",
-    "slab",
-    "decode",
-    "sums",
-    "dot",
-)  # plans that are swept: Triton's, to be compiled
+TUNED = ("fused", "select", "slab", "decode", "sums", "dot")  # Triton's plans that are swept: to be compiled
 
 
 class Cell(NamedTuple):

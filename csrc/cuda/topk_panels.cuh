@@ -25,12 +25,12 @@ constexpr int64_t kPanelBytes =
 constexpr int64_t kPoolBytes = int64_t(kPanelRows) * kRowKeys<kPanelKeys> * sizeof(uint64_t);  // of a block
 
 struct PanelArgs : RowArgs {
-  TensorMap x, W;        // [rows, d_in] in boxes of 128 rows, [d_sae, d_in] in boxes of 256
-  const unsigned char* lines;  // [tiles, kWideLineBytes] biases
-  unsigned char* pool;   // [blocks, kPoolBytes]
-  uint64_t* keys;        // [rows, strips, k]: of each strip, in any order; 0: none
-  int depth;             // chunks of 64 elements
-  int tiles;             // of 256 latents
+  TensorMap x, W;                  // [rows, d_in] in boxes of 128 rows, [d_sae, d_in] in boxes of 256
+  const unsigned char* lines;      // [tiles, kWideLineBytes] biases
+  unsigned char* pool;             // [blocks, kPoolBytes]
+  uint64_t* keys;                  // [rows, strips, k]: of each strip, in any order; 0: none
+  int depth;                       // chunks of 64 elements
+  int tiles;                       // of 256 latents
   int strips, strip_tiles, items;  // items: panels x strips
 };
 
@@ -161,7 +161,7 @@ template <class T> __device__ void select_strips(const PanelArgs& a, const Panel
         if (__all_sync(kAllLanes, known)) continue;
       }
       const int n = best_keys<kPanelKeys, false>(a, rows, number % 8, number / 8, buffer, first * kWideLatents,
-                                          min(end * kWideLatents, a.d_sae));
+                                                 min(end * kWideLatents, a.d_sae));
       for (int j = lane; j < a.k; j += kWarp) keys[j] = j < n ? buffer[j] : 0;
       __syncwarp();
     }
