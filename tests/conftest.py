@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from kernel_device import device  # noqa: F401, a fixture
 
-import sae_kernels as sk
 from sae_kernels import _native
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
@@ -54,18 +54,3 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-@pytest.fixture
-def device(request, monkeypatch):
-    """Where the backend that the test names runs its kernels; it is forced. See kernel_device.py."""
-    import cuda_library
-    from kernel_device import ON_GPU
-
-    if request.param == "cuda":
-        cuda_library.load()
-        if cuda_library.DEVICE == "cpu":
-            monkeypatch.setattr(_native, "cuda_error", None)
-            monkeypatch.setattr(_native, "cuda_runs_on", "cpu")
-    with sk.backend(request.param):
-        yield cuda_library.DEVICE if request.param == "cuda" else "cuda" if ON_GPU else "cpu"

@@ -103,6 +103,14 @@ def test_gates(tmp_path):
     assert checks.shut("activation_stats", fine) == "skipped: the tests of activation_stats: there are none"
 
 
+def test_gates_have_their_fixtures():
+    """Without conftest.py."""
+    files = [str(path) for paths in checks.gates(checks.TESTS).values() for path in paths]
+    environment = {**os.environ, **checks.environment("cpu"), **checks.tests_path()}
+    done = subprocess.run([*checks.PYTEST, "--setup-plan", *files], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and "ERROR" not in done.stdout, done.stdout[-2000:]
+
+
 def test_tests_that_hang_or_are_all_skipped_open_no_gate(tmp_path):
     slow = suite(tmp_path, triton_topk_encode="import time\ndef test_it():\n    time.sleep(60)\n")
     found = checks.run_tests("cpu", tmp_path, "abc", 4.0, slow)

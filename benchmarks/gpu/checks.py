@@ -25,6 +25,8 @@ NEEDS = {
     "serving": ("topk_encode",),
     "first_call": ("topk_encode",),
 }
+# conftest.py ends the session where the CPU library is missing, on which nothing here depends
+PYTEST = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--noconftest", "-p", "kernel_device")
 BUILD_SECONDS = 240
 GRACE_SECONDS = 8
 
@@ -46,6 +48,11 @@ def gates(tests: Path) -> dict[str, list[Path]]:
 def environment(device: str) -> dict[str, str]:
     """What a process needs so that the Triton kernels run on the device: the interpreter for a rehearsal on the CPU."""
     return {} if device != "cpu" else {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
+def tests_path() -> dict[str, str]:
+    """What a process needs to find the modules of tests/."""
+    return {"PYTHONPATH": os.pathsep.join(filter(None, [str(TESTS), os.environ.get("PYTHONPATH")]))}
 
 
 def build(log: Path, device: str) -> str:
@@ -104,11 +111,10 @@ def _pytest(files: list[Path], log: Path, seconds: float, device: str, workers: 
         return "not run: pytest is not installed; carry it as a wheel"
     if seconds < 2:
         return "not run: no time is left"
-    # conftest.py ends the session where the CPU library is missing, on which nothing here depends
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--noconftest", *map(str, files)]
+    command = [*PYTEST, *map(str, files)]
     if workers > 1 and importlib.util.find_spec("xdist") is not None:
         command += ["-n", str(workers)]
-    status, output = _run(command, log, seconds, environment(device))
+    status, output = _run(command, log, seconds, environment(device) | tests_path())
     counts = next((line for line in reversed(output.splitlines()) if re.search(r"\d+ (passed|failed|error)", line)), "")
     if status == "ok" and " passed" in f" {counts}":
         return f"ok: {counts.strip('= ')}"
