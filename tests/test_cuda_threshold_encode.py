@@ -4,6 +4,7 @@ the CPU.
 
 import cuda_library
 import pytest
+import test_batch_topk_encode as batch
 import torch
 from cuda_library import DEVICE
 from test_threshold_encode import assert_same, oracle
@@ -11,6 +12,7 @@ from test_topk_encode import small_integers
 
 import sae_kernels as sk
 from sae_kernels import _native
+from sae_kernels.cuda import threshold_encode as kernel
 from sae_kernels.kernels import tuning
 from sae_kernels.ops.topk_encode import ACTIVATIONS
 
@@ -79,3 +81,30 @@ def test_float64_empties_and_the_whole_batch():
         want = sk.batch_topk_encode(x, W, b, 4)
     for one, other in zip(got, want, strict=True):
         assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize(
+    ("case", "again"), [("as sampled", 0), ("strong rows sampled", 1), ("few fire", 0), ("equal", 1), ("nan", None)]
+)
+def test_the_batch_by_a_guess(monkeypatch, case, again, activation):
+    """Right whether or not the guess lets enough pass; the kernel that repeats it runs where it must, and only there."""
+    needed, choose = [], kernel.choose
+    monkeypatch.setattr(kernel, "choose", lambda *a: needed.append(a[10:]) or choose(*a))
+    monkeypatch.setattr(batch.module, "_SAMPLE_ON_GPU", 16)
+    monkeypatch.setattr(batch.module, "_FEWEST_ON_GPU", 32)
+    x, W, b = small_integers(70, 6, 200, torch.bfloat16)
+    if case == "strong rows sampled":
+        x[::4] *= 8
+    elif case == "few fire":
+        b = b - 40
+    elif case == "equal":
+        x, W, b = torch.ones_like(x), torch.ones_like(W), torch.zeros_like(b)
+    elif case == "nan":
+        x[::4, 0] = torch.nan
+    got = [t.cpu() for t in sk.batch_topk_encode(*(t.to(DEVICE) for t in (x, W, b)), 4, activation=activation)]
+    batch.assert_same(got, batch.oracle(x, W, b, 4, 16, activation), 200)
+    first, second = needed
+    assert first == () and second[0].shape == (1,)
+    if activation == "relu" and again is not None:
+        assert second[0].item() == again

@@ -32,8 +32,8 @@ void launch_for_depth(const FusedArgs& args, const ArrangeArgs& weights, int gro
 }  // namespace
 
 void topk_encode_fused(Tensor x, Tensor W, std::optional<Tensor> bias, std::optional<Tensor> threshold,
-                       std::optional<Tensor> passed, Tensor image, Tensor values, Tensor indices, int64_t activation,
-                       int64_t groups, int64_t stages, int64_t sample) {
+                       std::optional<Tensor> passed, std::optional<Tensor> needed, Tensor image, Tensor values,
+                       Tensor indices, int64_t activation, int64_t groups, int64_t stages, int64_t sample) {
   ArrangeArgs weights{};
   weights.W = W.const_data_ptr();
   weights.bias = data_or_null<float>(bias);
@@ -48,6 +48,7 @@ void topk_encode_fused(Tensor x, Tensor W, std::optional<Tensor> bias, std::opti
   args.x = x.const_data_ptr();
   args.image = weights.image;
   args.passed = data_or_null<int32_t>(passed);
+  args.needed = data_or_null<int32_t>(needed);
   args.values = values.mutable_data_ptr();
   args.indices = mutable_data<int32_t>(indices);
   args.rows = x.size(0);
@@ -63,7 +64,8 @@ void topk_encode_fused(Tensor x, Tensor W, std::optional<Tensor> bias, std::opti
   const bool fits = args.d_in % 2 == 0 && args.d_in <= 4 * kTileDepth && args.k <= kLargestFused<kMostKeys> &&
                     sample % 2 == 0 && sample <= args.tiles && stages >= kFewestStages && aligned(4, args.x) &&
                     aligned(16, args.image) && image.numel() >= args.tiles * image_bytes(weights.chunks);
-  STD_TORCH_CHECK(fits && threshold.has_value() == passed.has_value(),
+  const bool counts = threshold.has_value() && args.tiles * (kTileLatents / 4) < 1 << 16;  // see RowState
+  STD_TORCH_CHECK(fits && counts == passed.has_value(),
                   "sae_kernels: these tensors do not fit the fused encoder");
   if (x.scalar_type() == ScalarType::BFloat16) launch_for_depth<bf16>(args, weights, groups, x);
   else launch_for_depth<fp16>(args, weights, groups, x);

@@ -87,8 +87,9 @@ template <class T, int KC, int Keys, bool General> __device__ void select_rows_o
   const bool is_abs = General && a.activation == kAbs;
   RowTile<T, KC> x;
   x.load(static_cast<const T*>(a.x), first_row, a.rows, a.d_in);
-  RowState rows{};
-  begin_rows<Keys>(a, first_row, dynamic_shared(), buffers, rows);
+  RowState<SharedPool> rows{};
+  const SharedPool pool{dynamic_shared()};
+  begin_rows(a, first_row, pool, buffers, rows);
   Stream stream(a);
   if (a.sample > 0) {
     float best[kAccs];
@@ -102,12 +103,12 @@ template <class T, int KC, int Keys, bool General> __device__ void select_rows_o
   }
   over_tiles<General>(a, shared, x, stream, Stream::steps(a),
                       [&](const float(&acc)[1][kAccs], const float* limits, int latent) {
-                        keep_best<Keys, General>(a, acc, limits, latent, dynamic_shared(), buffers, rows, *shared.cuts);
+                        keep_best<Keys, General>(a, acc, limits, latent, pool, buffers, rows, *shared.cuts);
                       });
 #pragma unroll 1
   for (int half = 0; half < 2; ++half) {
     if (General && a.passed) {
-      const int passed = team_sum(half ? rows.passed[1] : rows.passed[0], 4);
+      const int passed = row_sum(half ? rows.passed >> 16 : rows.passed & 0xffff);
       const int64_t row = first_row + lane / 4 + 8 * half;
       if (lane % 4 == 0 && row < a.rows) a.passed[row] = passed;
     }
@@ -117,7 +118,8 @@ template <class T, int KC, int Keys, bool General> __device__ void select_rows_o
 
 // Blocks of fused_threads(groups) threads for 64 * groups rows each: the last warpgroup only copies.
 template <class T, int KC, int Keys, bool General>
-__global__ void __launch_bounds__(fused_threads(kMostGroups<KC, Keys>), 1) topk_encode_rows(FusedArgs a) {
+__global__ void __launch_bounds__(fused_threads(kMostGroups<KC, Keys, General>), 1) topk_encode_rows(FusedArgs a) {
+  if (a.needed && *a.needed == 0) return;
   FusedShared shared(a.stages);
   const int warp = __shfl_sync(kAllLanes, int(threadIdx.x / kWarp), 0), workers = blockDim.x / kWarp - kGroupWarps;
   shared.begin(a.stages, workers);
@@ -126,10 +128,10 @@ __global__ void __launch_bounds__(fused_threads(kMostGroups<KC, Keys>), 1) topk_
     give_registers<32>();
     if (warp == workers) stream_weights<KC, General>(a, shared);
   } else {
-    take_registers<kRowRegisters<kMostGroups<KC, Keys>>>();
+    take_registers<kRowRegisters<kMostGroups<KC, Keys, General>>>();
     select_rows_of_warp<T, KC, Keys, General>(
         a, shared, (int64_t(blockIdx.x) * workers + warp) * kWarpRows,
-        shared.keys + warp * kWarpRows * kRowKeys<Keys>);
+        shared.keys + warp * kWarpKeys<Keys>);
   }
 }
 

@@ -127,18 +127,39 @@ __device__ __forceinline__ int cut(uint64_t* buffer, From from, int least, int m
   return kept;
 }
 
-// N times 32 keys of a warp, each 32 in descending order.
-template <int N> __device__ __forceinline__ void sort_warp(uint64_t (&key)[N]) {
+// One step of a bitonic sort of Rows sequences of 32 N keys, between lanes; of a sequence, lane l's i-th is the
+// (32 i + l)-th.
+template <int Rows, int N>
+__device__ __forceinline__ void exchange(uint64_t (&key)[Rows * N], int size, int stride) {
   const int lane = threadIdx.x % kWarp;
-  for (int size = 2; size <= kWarp; size *= 2)
-    for (int stride = size / 2; stride > 0; stride /= 2) {
-      const bool larger = ((lane & size) == 0 || size == kWarp) == ((lane & stride) == 0);
 #pragma unroll
-      for (int i = 0; i < N; ++i) {
-        const uint64_t other = __shfl_xor_sync(kAllLanes, key[i], stride);
-        key[i] = (key[i] > other) == larger ? key[i] : other;
+  for (int i = 0; i < Rows * N; ++i) {
+    const bool descending = ((i % N * kWarp + lane) & size) == 0 || size == N * kWarp;
+    const uint64_t other = __shfl_xor_sync(kAllLanes, key[i], stride);
+    key[i] = (key[i] > other) == (descending == ((lane & stride) == 0)) ? key[i] : other;
+  }
+}
+// Each of the sequences in descending order; N is a power of two.
+template <int Rows, int N> __device__ __forceinline__ void sort_keys(uint64_t (&key)[Rows * N]) {
+#pragma unroll 1
+  for (int size = 2; size <= kWarp; size *= 2)
+#pragma unroll 1
+    for (int stride = size / 2; stride > 0; stride /= 2) exchange<Rows, N>(key, size, stride);
+#pragma unroll
+  for (int regs = 2; regs <= N; regs *= 2) {
+#pragma unroll
+    for (int apart = regs / 2; apart > 0; apart /= 2)
+#pragma unroll
+      for (int i = 0; i < Rows * N; ++i) {
+        if (i & apart) continue;
+        const uint64_t x = key[i], y = key[i + apart];
+        const bool swap = (x < y) == ((i & regs) == 0 || regs == N);
+        key[i] = swap ? y : x;
+        key[i + apart] = swap ? x : y;
       }
-    }
+#pragma unroll 1
+    for (int stride = kWarp / 2; stride > 0; stride /= 2) exchange<Rows, N>(key, regs * kWarp, stride);
+  }
 }
 // The 32 largest of two descending sequences of 32, descending.
 __device__ __forceinline__ uint64_t merge_warp(uint64_t a, uint64_t b) {

@@ -9,7 +9,9 @@ void encode_panels(Tensor x, Tensor W, Tensor lines, Tensor pool, Tensor keys, i
   const int64_t rows = x.size(0), d_in = x.size(1), d_sae = W.size(0);
   PanelArgs args{};
   args.lines = static_cast<const unsigned char*>(lines.const_data_ptr());
-  args.pool = mutable_data<uint8_t>(pool);
+  const auto given = reinterpret_cast<uintptr_t>(mutable_data<uint8_t>(pool));
+  const int64_t before = int64_t(-given % kPoolBytes);
+  args.pool = mutable_data<uint8_t>(pool) + before;
   args.keys = mutable_data<uint64_t>(keys);
   args.rows = rows;
   args.d_sae = static_cast<int>(d_sae);
@@ -20,7 +22,7 @@ void encode_panels(Tensor x, Tensor W, Tensor lines, Tensor pool, Tensor keys, i
   args.strips = static_cast<int>(keys.size(1));
   args.strip_tiles = static_cast<int>(strip_tiles);
   args.items = static_cast<int>(ceil_div(rows, kPanelRows) * args.strips);
-  const int64_t blocks = std::min<int64_t>(args.items, pool.numel() / kPoolBytes);
+  const int64_t blocks = std::min<int64_t>(args.items, (pool.numel() - before) / kPoolBytes);
   const bool fits = d_in > 0 && d_in % 8 == 0 && args.k <= kLargestFused<kPanelKeys> && activation != kAbs &&
                     aligned(16, x.const_data_ptr()) && aligned(16, W.const_data_ptr()) && aligned(16, args.lines);
   STD_TORCH_CHECK(fits && blocks > 0 && keys.size(0) == rows && lines.scalar_type() == x.scalar_type() &&

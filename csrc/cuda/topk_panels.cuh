@@ -22,12 +22,13 @@ constexpr int kWideLineBytes = kWideParts * kLineBytes;
 constexpr int kStageBytes = kPanelGroups * kRowsBytes + kLatentsBytes;
 constexpr int64_t kPanelBytes =
     1024 + kPanelStages * (kStageBytes + kWideLineBytes + 2 * sizeof(Barrier)) + kLineBytes + kWideLineBytes + 16;
-constexpr int64_t kPoolBytes = int64_t(kPanelRows) * kRowKeys<kPanelKeys> * sizeof(uint64_t);  // of a block
+constexpr int64_t kPoolBytes = 1 << 18;  // of a block; a power of two, so that GlobalPool can have it
+static_assert(kPoolBytes >= kPanelRows * kRowKeys<kPanelKeys> * int64_t(sizeof(uint64_t)));
 
 struct PanelArgs : RowArgs {
   TensorMap x, W;                  // [rows, d_in] in boxes of 128 rows, [d_sae, d_in] in boxes of 256
   const unsigned char* lines;      // [tiles, kWideLineBytes] biases
-  unsigned char* pool;             // [blocks, kPoolBytes]
+  unsigned char* pool;             // [blocks, kPoolBytes], at a multiple of kPoolBytes
   uint64_t* keys;                  // [rows, strips, k]: of each strip, in any order; 0: none
   int depth;                       // chunks of 64 elements
   int tiles;                       // of 256 latents
@@ -129,41 +130,34 @@ template <class T> __device__ __forceinline__ void wide_tile(const PanelArgs& a,
 // One warp's rows of all items of its block.
 template <class T> __device__ void select_strips(const PanelArgs& a, const PanelShared& shared, int warp) {
   const int lane = threadIdx.x % kWarp;
-  unsigned char* pool = a.pool + blockIdx.x * kPoolBytes;
-  uint64_t* buffers = reinterpret_cast<uint64_t*>(pool) + warp * kWarpRows * kRowKeys<kPanelKeys>;
+  uint64_t* buffers = reinterpret_cast<uint64_t*>(a.pool + blockIdx.x * kPoolBytes) + warp * kWarpKeys<kPanelKeys>;
+  const GlobalPool pool{reinterpret_cast<unsigned char*>(buffers + lane)};
   StageAt at;
   over_items(a, [&](int64_t row, int strip, int first, int end) {
-    RowState rows{};
+    RowState<GlobalPool> rows{};
     rows.cuts = shared.cuts->read();
-    begin_rows<kPanelKeys>(a, row + warp * kWarpRows, pool, buffers, rows);
+    begin_rows(a, row + warp * kWarpRows, pool, buffers, rows);
     for (int tile = first; tile < end; ++tile) {
       float acc[kWideParts][kAccs];
       wide_tile<T>(a, shared, warp / kGroupWarps, at, acc);
-      if (tile == first) {
+      const int seen = tile - first;
+      if (seen == 0) {
         float best[2 * kAccs];
 #pragma unroll
         for (int i = 0; i < 2 * kAccs; ++i) best[i] = fmaxf(acc[i / kAccs][i % kAccs], acc[i / kAccs + 2][i % kAccs]);
         bound_rows(a, best, rows);
       }
       keep_best<kPanelKeys, false>(a, acc, nullptr, tile * kWideLatents + 2 * (lane % 4), pool, buffers, rows,
-                                   *shared.cuts, tile == first);
+                                   *shared.cuts, (seen & (seen - 1)) == 0);
     }
-    cut_rows<kPanelKeys, false, true>(a, a.k, buffers, rows);
+    cut_rows<kPanelKeys, false, false>(a, a.k, buffers, rows);
 #pragma unroll 1
-    for (int number = 0; number < kWarpRows; ++number) {
-      const int64_t mine = row + warp * kWarpRows + number;
-      if (mine >= a.rows) break;
-      uint64_t* buffer = buffers + number * kRowKeys<kPanelKeys>;
-      uint64_t* keys = a.keys + (mine * a.strips + strip) * a.k;
-      if (entries_of<kPanelKeys>(rows, number) == a.k) {
-        bool known = true;
-        for (int j = lane; j < a.k; j += kWarp) known &= (keys[j] = KeyOf(a)(entry_at<kPanelKeys>(buffer, j))) > 0;
-        if (__all_sync(kAllLanes, known)) continue;
-      }
-      const int n = best_keys<kPanelKeys, false>(a, rows, number % 8, number / 8, buffer, first * kWideLatents,
-                                                 min(end * kWideLatents, a.d_sae));
-      for (int j = lane; j < a.k; j += kWarp) keys[j] = j < n ? buffer[j] : 0;
-      __syncwarp();
+    for (int number = 0; number < kWarpRows && row + warp * kWarpRows + number < a.rows; ++number) {
+      uint64_t* keys = a.keys + ((row + warp * kWarpRows + number) * a.strips + strip) * a.k;
+      const int n = best_keys<kPanelKeys, false>(a, rows, number, buffers, first * kWideLatents,
+                                                 min(end * kWideLatents, a.d_sae),
+                                                 [&](int j, uint64_t key) { keys[j] = key; });
+      for (int j = n + lane; j < a.k; j += kWarp) keys[j] = 0;
     }
   });
 }
@@ -185,6 +179,8 @@ __global__ void __launch_bounds__(kPanelThreads, 1) topk_encode_panels(const __g
   }
 #endif
 }
+
+struct WarpTeam { static constexpr int kTeam = kWarp; };
 
 struct MergeArgs {
   const uint64_t* keys;  // [rows, n], n from k to kLargestMerge

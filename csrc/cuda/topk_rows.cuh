@@ -19,9 +19,17 @@ struct RowArgs {
 
 constexpr int kGroupWarps = 4, kWarpRows = 16, kGroupRows = kGroupWarps * kWarpRows;
 constexpr int kHalfBits = kAccs / 4;  // of half a tile, what a lane has of a row
-// A row's buffer: a segment for each of the row's four lanes. One key more lets rows begin at different banks.
+// A row's buffer: a segment for each of the row's four lanes. A warp's lie entry by entry of all lanes side by side,
+// those of its upper rows behind those of the lower ones: lanes never meet in a bank, and what all of them read is
+// consecutive.
 template <int Keys> constexpr int kSegment = 8 * Keys;
-template <int Keys> constexpr int kRowKeys = 4 * kSegment<Keys> + 1;
+template <int Keys> constexpr int kRowKeys = 4 * kSegment<Keys>;
+template <int Keys> constexpr int kWarpKeys = kWarpRows * kRowKeys<Keys>;
+// Where entry j of row 0 to 15 stands in a warp's buffers once a cut has dealt them out: in segment j % 4, at j / 4.
+template <int Keys> __device__ __forceinline__ int place_in(int row, int j) {
+  const unsigned r = row, at = j;
+  return int((r / 8 * kSegment<Keys> + at / 4) * kWarp + r % 8 * 4 + at % 4);
+}
 // Whether registers hold a segment, so that a warp can cut all its rows at once.
 template <int Keys, bool General> constexpr bool kTogether = Keys <= 3 || (Keys <= 6 && (SK_WGMMA || !General));
 // What a cut leaves at most, so that half a tile fits each segment; also the largest k.
@@ -34,30 +42,82 @@ struct KeyOf {
   __device__ __forceinline__ explicit KeyOf(const RowArgs& a) : is_abs(a.activation == kAbs), d_sae(a.d_sae) {}
   __device__ __forceinline__ uint64_t operator()(uint64_t entry) const {
     const float pre = __uint_as_float(uint32_t(entry >> 32));
-    const uint32_t order = is_abs ? order_of<kAbs>(pre) : order_of<kNone>(pre);
+    const uint32_t order = order_of<kNone>(is_abs ? fabsf(pre) : pre);
     return latent_in(entry) < d_sae ? uint64_t(order) << 32 | uint32_t(entry) | uint32_t(is_abs && pre < 0) : 0;
   }
 };
 
 // Of both rows that a lane has a part in, l / 4 and l / 4 + 8 of the warp's. The row's four lanes know the same bound;
 // each has a segment of the row's buffer to itself.
-struct RowState {
+template <class Pool> struct RowState {
   float bound[2];
-  int next[2];  // where in the pool of buffers the lane's next key goes, of the upper row less kUpperRow
-  int begin;    // where the lower row's segment begins
-  int passed[2];
+  uint32_t next[2];  // where in the pool of buffers the lane's next entry goes, of the upper row less kUpperRow
+  uint32_t begin;    // where the lower row's segment begins
+  uint32_t passed;  // of the upper row in the upper half
   int cuts;     // of the block's common cuts, the last that the warp took part in
+
+  // Entries in the lane's segment of its lower (0) or upper (1) row.
+  __device__ __forceinline__ int count(int half) const {
+    return int(uint32_t(half ? next[1] : next[0]) - uint32_t(begin)) / int(Pool::kNext);
+  }
+  // A row's entries are `n`, dealt out as place_in says.
+  __device__ __forceinline__ void deal(int half, int n) {
+    const uint32_t to = begin + uint32_t(n + 3 - int(threadIdx.x % 4)) / 4 * Pool::kNext;
+    if (half) next[1] = to;
+    else next[0] = to;
+  }
+  // Whether a segment has more than n.
+  __device__ __forceinline__ bool has_more(int half, int n) const {
+    return uint32_t(next[half]) > uint32_t(begin) + n * Pool::kNext;
+  }
+  __device__ __forceinline__ bool any_has_more(int n) const {
+    return max(uint32_t(next[0]), uint32_t(next[1])) > uint32_t(begin) + n * Pool::kNext;
+  }
 };
-template <int Keys> constexpr int kUpperRow = 8 * kRowKeys<Keys> * int(sizeof(uint64_t));
+
+// The lane, for what is done seldom: a compiler that knew it would keep what follows from it in registers all the time.
+__device__ __forceinline__ int lane_now() {
+  int lane = threadIdx.x % kWarp;
+  asm volatile("" : "+r"(lane));
+  return lane;
+}
+
+// x in a register: a compiler that knew where it comes from would make every number from it anew.
+__device__ __forceinline__ uint32_t held(uint32_t x) {
+  asm("" : "+r"(x));
+  return x;
+}
+
+constexpr uint32_t kEntryStep = kWarp * sizeof(uint64_t);  // from one of a lane's entries to the next, in bytes
+
+// Where a warp's buffers lie, and where in them a lane puts its entries: places count bytes, so that a place is all of
+// an address in shared memory, or entries, which one multiplication turns into an address in global memory.
+struct SharedPool {
+  static constexpr uint32_t kNext = kEntryStep;  // from one of a lane's entries to the next
+  unsigned char* begin;
+  __device__ __forceinline__ uint32_t place_of(const uint64_t* p) const {
+    return uint32_t(reinterpret_cast<const unsigned char*>(p) - begin);
+  }
+  template <uint32_t Further> __device__ __forceinline__ void put(uint32_t place, uint64_t entry) const {
+    *reinterpret_cast<uint64_t*>(begin + place + Further * kNext) = entry;
+  }
+};
+struct GlobalPool {
+  static constexpr uint32_t kNext = 1;
+  unsigned char* begin;  // where the lane's first entry goes
+  __device__ __forceinline__ uint32_t place_of(const uint64_t*) const { return 0; }
+  template <uint32_t Further> __device__ __forceinline__ void put(uint32_t place, uint64_t entry) const {
+    *reinterpret_cast<uint64_t*>(begin + uint64_t(place) * kEntryStep + Further * kEntryStep) = entry;
+  }
+};
 
 // Empty buffers of the rows from first_row on.
-template <int Keys> __device__ __forceinline__ void begin_rows(const RowArgs& a, int64_t first_row,
-                                                               const unsigned char* pool, const uint64_t* buffers,
-                                                               RowState& rows) {
+template <class Pool> __device__ __forceinline__ void begin_rows(const RowArgs& a, int64_t first_row, Pool pool,
+                                                                 const uint64_t* buffers,
+                                                                 RowState<Pool>& rows) {
   constexpr float kInfinity = __builtin_huge_valf(), kLeast = 1.401298464e-45f, kLowest = -3.402823466e38f;
   const int lane = threadIdx.x % kWarp;
-  const uint64_t* segment = buffers + lane / 4 * kRowKeys<Keys> + lane % 4 * kSegment<Keys>;
-  rows.begin = int(reinterpret_cast<const unsigned char*>(segment) - pool);
+  rows.begin = pool.place_of(buffers + lane);
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const bool live = first_row + lane / 4 + 8 * half < a.rows;
@@ -68,7 +128,7 @@ template <int Keys> __device__ __forceinline__ void begin_rows(const RowArgs& a,
 }
 
 // Raises the bounds of the warp's rows to the k-th largest of 2 N group maxima each.
-template <int N> __device__ void bound_rows(const RowArgs& a, const float (&best)[N], RowState& rows) {
+template <int N, class Rows> __device__ void bound_rows(const RowArgs& a, const float (&best)[N], Rows& rows) {
   uint32_t order[N];
 #pragma unroll
   for (int i = 0; i < N; ++i) order[i] = order_of<kNone>(best[i]);
@@ -90,23 +150,21 @@ template <int N> __device__ void bound_rows(const RowArgs& a, const float (&best
   }
 }
 
-// Cuts a row's segments, of that quad's lanes: entry 8 i + l / 4 of segment l % 4 is the i-th of the warp's lane l.
-template <int Keys, class Read, class To>
-__device__ __forceinline__ int cut_row(const RowState& rows, int quad, int half, uint64_t* buffer, int least, int most,
-                                       Read read, To to, uint32_t& bound) {
-  const int lane = threadIdx.x % kWarp;
-  const int mine = ((half ? rows.next[1] : rows.next[0]) - rows.begin) / int(sizeof(uint64_t));
-  const int count = __shfl_sync(kAllLanes, mine, 4 * quad + lane % 4);
+// Cuts the buffer of a row, 0 to 15, as `cut` does; of its segment l % 4, entry 8 i + l / 4 is the i-th of the warp's
+// lane l.
+template <int Keys, class Rows>
+__device__ __forceinline__ int cut_row(const RowArgs& a, const Rows& rows, int row, uint64_t* buffers, int most,
+                                       uint32_t& bound) {
+  const int lane = lane_now(), count = __shfl_sync(kAllLanes, rows.count(row / 8), row % 8 * 4 + lane % 4);
   const auto from = [&](int i) {
-    const int at = 8 * i + lane / 4;
-    return at < count ? lane % 4 * kSegment<Keys> + at : -1;
+    return 8 * i + lane / 4 < count ? place_in<Keys>(row, i * kWarp + lane) : -1;
   };
-  return cut<Keys>(buffer, from, least, most, read, to, bound);
+  return cut<Keys>(buffers, from, a.k, most, KeyOf(a), [&](int j) { return place_in<Keys>(row, j); }, bound);
 }
 
 // Makes room in the buffers of those lower (0) or upper (1) rows of which any lane is set in `full`.
-template <int Keys> __device__ __forceinline__ void cut_full_rows(const RowArgs& a, unsigned (&full)[2],
-                                                                  uint64_t* buffers, RowState& rows) {
+template <int Keys, class Rows>
+__device__ __forceinline__ void cut_full_rows(const RowArgs& a, unsigned (&full)[2], uint64_t* buffers, Rows& rows) {
   const int lane = threadIdx.x % kWarp, most = min(a.k + kSlack, kLargestFused<Keys>);
   while (full[0] | full[1]) {
     const int half = full[0] ? 0 : 1, quad = (__ffs(half ? full[1] : full[0]) - 1) / 4;
@@ -114,16 +172,12 @@ template <int Keys> __device__ __forceinline__ void cut_full_rows(const RowArgs&
     if (half) full[1] &= others;
     else full[0] &= others;
     uint32_t bound;
-    const int kept = cut_row<Keys>(rows, quad, half, buffers + (quad + 8 * half) * kRowKeys<Keys>, a.k, most,
-                                   KeyOf(a), [](int j) { return j % 4 * kSegment<Keys> + j / 4; }, bound);
+    const int kept = cut_row<Keys>(a, rows, quad + 8 * half, buffers, most, bound);
     if (lane / 4 != quad) continue;
-    const int next = rows.begin + (kept + 3 - lane % 4) / 4 * int(sizeof(uint64_t));
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      if (h != half) continue;
-      rows.next[h] = next;
-      if (bound != kNanOrder) rows.bound[h] = score_at(bound);
-    }
+    rows.deal(half, kept);
+    if (bound == kNanOrder) continue;
+    if (half) rows.bound[1] = score_at(bound);
+    else rows.bound[0] = score_at(bound);
   }
 }
 
@@ -134,23 +188,22 @@ __device__ __forceinline__ int row_sum(int x) { return team_sum(x, 4); }
 // but for equal ones, no more than `most`. The bound rises to it; where fewer than that are there nothing is cut.
 // Entry j of a row is then in segment j % 4, at j / 4. AtOnce: whether entries are read whole, where reading takes long
 // and registers are free.
-template <int Keys, bool General, bool AtOnce>
-__device__ __forceinline__ void cut_rows(const RowArgs& a, int most, uint64_t* buffers, RowState& rows) {
+template <int Keys, bool General, bool AtOnce, class Rows>
+__device__ __forceinline__ void cut_rows(const RowArgs& a, int most, uint64_t* buffers, Rows& rows) {
   const int lane = threadIdx.x % kWarp, column = lane % 4;
   const bool is_abs = General && a.activation == kAbs;
   const float missing = is_abs ? 0.0f : -__builtin_huge_valf();
   const auto score_of = [&](float pre) { return is_abs ? fabsf(pre) : pre; };
 #pragma unroll 1
   for (int half = 0; half < 2; ++half) {
-    uint64_t* row = buffers + (lane / 4 + 8 * half) * kRowKeys<Keys>;
-    const uint64_t* segment = row + column * kSegment<Keys>;
-    const int mine = ((half ? rows.next[1] : rows.next[0]) - rows.begin) / int(sizeof(uint64_t));
+    const int number = lane / 4 + 8 * half, mine = rows.count(half);
+    const uint64_t* segment = buffers + place_in<Keys>(number, column);
     const float bound = half ? rows.bound[1] : rows.bound[0];
     float pre[kSegment<Keys>], top = missing;
     uint32_t latent[kSegment<Keys>];
 #pragma unroll
     for (int i = 0; i < kSegment<Keys>; ++i) {
-      const uint64_t entry = segment[i];
+      const uint64_t entry = segment[i * kWarp];
       if constexpr (AtOnce) latent[i] = uint32_t(entry);
       pre[i] = i < mine ? __uint_as_float(uint32_t(entry >> 32)) : missing;
       top = fmaxf(top, score_of(pre[i]));
@@ -182,28 +235,23 @@ __device__ __forceinline__ void cut_rows(const RowArgs& a, int most, uint64_t* b
     }
     if constexpr (!AtOnce)
 #pragma unroll
-      for (int i = 0; i < kSegment<Keys>; ++i) latent[i] = uint32_t(segment[i]);
+      for (int i = 0; i < kSegment<Keys>; ++i) latent[i] = uint32_t(segment[i * kWarp]);
     __syncwarp();  // all lanes have read theirs
 #pragma unroll
     for (int i = 0; i < kSegment<Keys>; ++i) {
       if (score_of(pre[i]) < raised) continue;
-      row[before % 4 * kSegment<Keys> + before / 4] = uint64_t(__float_as_uint(pre[i])) << 32 | latent[i];
-      ++before;
+      buffers[place_in<Keys>(number, before++)] = uint64_t(__float_as_uint(pre[i])) << 32 | latent[i];
     }
     __syncwarp();
-    const int next = rows.begin + (all + 3 - column) / 4 * int(sizeof(uint64_t));
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      if (h != half) continue;
-      rows.next[h] = next;
-      rows.bound[h] = raised;
-    }
+    rows.deal(half, all);
+    if (half) rows.bound[1] = raised;
+    else rows.bound[0] = raised;
   }
 }
 
 // The same with buffers that are too large for registers, row by row.
-template <int Keys, bool General, bool AtOnce>
-__device__ __forceinline__ void cut_all_rows(const RowArgs& a, int most, uint64_t* buffers, RowState& rows) {
+template <int Keys, bool General, bool AtOnce, class Rows>
+__device__ __forceinline__ void cut_all_rows(const RowArgs& a, int most, uint64_t* buffers, Rows& rows) {
   if constexpr (kTogether<Keys, General>) {
     cut_rows<Keys, General, AtOnce>(a, most, buffers, rows);
   } else {
@@ -213,18 +261,12 @@ __device__ __forceinline__ void cut_all_rows(const RowArgs& a, int most, uint64_
 }
 
 // So that half a tile fits every segment.
-template <int Keys> __device__ __forceinline__ void make_room(const RowArgs& a, uint64_t* buffers, RowState& rows) {
-  const int last = rows.begin + (kSegment<Keys> - kHalfBits) * int(sizeof(uint64_t));
+template <int Keys, class Rows>
+__device__ __forceinline__ void make_room(const RowArgs& a, uint64_t* buffers, Rows& rows) {
   unsigned full[2];
 #pragma unroll
-  for (int row = 0; row < 2; ++row) full[row] = __ballot_sync(kAllLanes, rows.next[row] > last);
+  for (int row = 0; row < 2; ++row) full[row] = __ballot_sync(kAllLanes, rows.has_more(row, kSegment<Keys> - kHalfBits));
   cut_full_rows<Keys>(a, full, buffers, rows);
-}
-
-// x in a register: a compiler that knew where it comes from would make every number from it anew.
-__device__ __forceinline__ uint32_t held(uint32_t x) {
-  asm("" : "+r"(x));
-  return x;
 }
 
 // In a row, bit 2 j + e stands for latent 8 j + e of the tile; in acc it is at place_of(row, bit).
@@ -248,92 +290,113 @@ template <int Keys, bool General, int First> struct HalfTile {
     const float pre = acc[place_of(row, bit)];
     return General && a.activation == kAbs ? fabsf(pre) : pre;
   }
-  __device__ __forceinline__ bool above_limit(int row, int bit) const {
-    return !(score(row, bit) <= limits[16 * (bit / 4) + 4 * (threadIdx.x % 4) + bit % 4]);  // NaN is
+  // Of bits `first` to `first` + 3.
+  __device__ __forceinline__ Pack<float, 4> limits_of(int first) const {
+    return load_pack<4>(limits + 4 * first + 4 * (threadIdx.x % 4));
   }
-  __device__ __forceinline__ bool passes(const RowState& rows, int row, int bit) const {
-    const bool reaches = !(score(row, bit) < rows.bound[row]);
-    if constexpr (General) return reaches & above_limit(row, bit);
-    else return reaches;
-  }
+  static __device__ __forceinline__ bool above(float score, float limit) { return !(score <= limit); }  // NaN is
   // What passes joins the segments, unless `full` or, for some, there is no room: then it is set, and the half has to
   // come again. Straight on, without a branch or a word to the other lanes: as long as some of a thousand accumulators
-  // pass in each tile, no jump over the others pays.
-  __device__ __forceinline__ void join(unsigned char* pool, RowState& rows, bool& full) const {
+  // pass in each tile, no jump over the others pays. Count: whether what is above its limit is counted.
+  template <bool Count, class Pool>
+  __device__ __forceinline__ void join(Pool pool, RowState<Pool>& rows, bool& full) const {
     constexpr int kAtOnce = 4;
-    const int last = rows.begin + (kSegment<Keys> - kAtOnce) * int(sizeof(uint64_t));
     uint32_t low = held(low_half_of(latent_of(First)));
 #pragma unroll
-    for (int bit = First; bit < First + kHalfBits; ++bit) {
-      if (bit % kAtOnce == 0) full |= max(rows.next[0], rows.next[1]) > last;
-      if (bit > First) low = held(low - 2 * (latent_of(bit) - latent_of(bit - 1)));
+    for (int first = First; first < First + kHalfBits; first += kAtOnce) {
+      full |= rows.any_has_more(kSegment<Keys> - kAtOnce);
+      Pack<float, kAtOnce> limit;
+      if constexpr (General) limit = limits_of(first);
 #pragma unroll
-      for (int row = 0; row < 2; ++row) {
-        if (full || !passes(rows, row, bit)) continue;
-        const uint64_t entry = uint64_t(__float_as_uint(acc[place_of(row, bit)])) << 32 | low;
-        *reinterpret_cast<uint64_t*>(pool + rows.next[row] + row * kUpperRow<Keys>) = entry;
-        rows.next[row] += sizeof(uint64_t);
+      for (int bit = first; bit < first + kAtOnce; ++bit) {
+        if (bit > First) low = held(low - 2 * (latent_of(bit) - latent_of(bit - 1)));
+#pragma unroll
+        for (int row = 0; row < 2; ++row) {
+          const float reached = score(row, bit);
+          bool passes = !(full | (reached < rows.bound[row]));
+          if constexpr (General) {
+            const bool is_above = above(reached, limit.at[bit - first]);
+            if constexpr (Count) rows.passed += is_above ? 1u << 16 * row : 0;
+            passes &= is_above;
+          }
+          if (!passes) continue;
+          const uint64_t entry = uint64_t(__float_as_uint(acc[place_of(row, bit)])) << 32 | low;
+          if (row) pool.template put<kSegment<Keys>>(rows.next[1], entry);
+          else pool.template put<0>(rows.next[0], entry);
+          rows.next[row] += Pool::kNext;
+        }
       }
     }
   }
-  __device__ __forceinline__ void count_passed(RowState& rows) const {
-    if (!a.passed) return;
-    const bool whole = (latent | (kTileLatents - 1)) < a.d_sae;
+  // What is beyond d_sae is above its limit where it is NaN: it has been counted.
+  template <class Rows> __device__ __forceinline__ void uncount_beyond(Rows& rows) const {
+    if ((latent | (kTileLatents - 1)) < a.d_sae) return;
 #pragma unroll
-    for (int i = 0; i < 2 * kHalfBits; ++i) {
-      const int row = i / kHalfBits, bit = First + i % kHalfBits;
-      if (above_limit(row, bit)) rows.passed[row] += whole || latent_of(bit) < a.d_sae;
-    }
+    for (int bit = First; bit < First + kHalfBits; ++bit)
+      for (int row = 0; row < 2; ++row) {
+        const float pre = acc[place_of(row, bit)];
+        rows.passed -= latent_of(bit) >= a.d_sae && pre != pre ? 1u << 16 * row : 0;
+      }
   }
 };
 
-// What passes of N tiles joins the segments, as HalfTile says; of halves of tiles, `half` alone, -1 for all.
-template <int Keys, bool General, int N>
-__device__ __forceinline__ void join_buffers(const RowArgs& a, const float (&acc)[N][kAccs], const float* limits,
-                                             int latent, unsigned char* pool, RowState& rows, int half, bool& out) {
+// What passes of N tiles joins the segments, as HalfTile says.
+template <int Keys, bool General, int N, class Pool>
+__device__ __forceinline__ void join_all(const RowArgs& a, const float (&acc)[N][kAccs], const float* limits,
+                                         int latent, Pool pool, RowState<Pool>& rows, bool& full) {
 #pragma unroll
   for (int i = 0; i < N; ++i) {
-    if (half < 0 ? i > 0 && __any_sync(kAllLanes, out) : half / 2 != i) continue;
-    bool not_lower = half % 2 > 0, not_upper = half >= 0 && half % 2 == 0;
-    HalfTile<Keys, General, 0>{a, acc[i], limits, latent + i * kTileLatents}.join(pool, rows,
-                                                                                 half < 0 ? out : not_lower);
-    HalfTile<Keys, General, kHalfBits>{a, acc[i], limits, latent + i * kTileLatents}.join(
-        pool, rows, half < 0 ? out : not_upper);
+    if (i > 0 && __any_sync(kAllLanes, full)) continue;
+    const HalfTile<Keys, General, 0> lower{a, acc[i], limits, latent + i * kTileLatents};
+    const HalfTile<Keys, General, kHalfBits> upper{a, acc[i], limits, latent + i * kTileLatents};
+    lower.template join<General>(pool, rows, full);
+    upper.template join<General>(pool, rows, full);
+    if constexpr (General) lower.uncount_beyond(rows), upper.uncount_beyond(rows);
+  }
+}
+// The same of half a tile, which has room.
+template <int Keys, bool General, int N, class Pool>
+__device__ __forceinline__ void join_half(const RowArgs& a, const float (&acc)[N][kAccs], const float* limits,
+                                          int latent, Pool pool, RowState<Pool>& rows, int half) {
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    if (half / 2 != i) continue;
+    bool not_lower = half % 2 > 0, not_upper = half % 2 == 0;
+    HalfTile<Keys, General, 0>{a, acc[i], limits, latent + i * kTileLatents}.template join<false>(pool, rows,
+                                                                                                  not_lower);
+    HalfTile<Keys, General, kHalfBits>{a, acc[i], limits, latent + i * kTileLatents}.template join<false>(pool, rows,
+                                                                                                          not_upper);
   }
 }
 
-// The best of N tiles join the buffers. latent: the lane's first one; pool: where offsets in `rows` begin. Warps of a
+// The best of N tiles join the buffers. latent: the lane's first one; pool: where the buffers lie. Warps of a
 // block wait for each other's products: where one's buffers are almost full, it calls on all to cut theirs at one time.
-template <int Keys, bool General, int N>
+template <int Keys, bool General, int N, class Pool>
 __device__ __forceinline__ void keep_best(const RowArgs& a, const float (&acc)[N][kAccs], const float* limits,
-                                          int latent, unsigned char* pool, uint64_t* buffers, RowState& rows,
+                                          int latent, Pool pool, uint64_t* buffers, RowState<Pool>& rows,
                                           Signal& cuts, bool cut = false) {
+  static_assert(N == 1 || !General, "a first try that ends early would not count");
   constexpr int kAlmost = kSegment<Keys> - 4 - 2 * N;
   const int most = min(a.k + kSlack, kLargestFused<Keys>);
-  const int called = cuts.read(), next[2] = {rows.next[0], rows.next[1]};
-  if constexpr (General)
-#pragma unroll
-    for (int i = 0; i < N; ++i) {
-      HalfTile<Keys, General, 0>{a, acc[i], limits, latent + i * kTileLatents}.count_passed(rows);
-      HalfTile<Keys, General, kHalfBits>{a, acc[i], limits, latent + i * kTileLatents}.count_passed(rows);
-    }
+  const uint32_t next[2] = {rows.next[0], rows.next[1]};
+  bool full = false;
+  const int early = General ? 0 : cuts.read();  // while what follows runs, where there are registers for it
+  join_all<Keys, General>(a, acc, limits, latent, pool, rows, full);
+  const int called = General ? cuts.read() : early;
   cut |= called > rows.cuts;
-  bool out = false;
-  join_buffers<Keys, General>(a, acc, limits, latent, pool, rows, -1, out);
-  if (__any_sync(kAllLanes, out | cut)) {
-    if (__any_sync(kAllLanes, out)) {
+  if (__any_sync(kAllLanes, full | cut)) {
+    if (__any_sync(kAllLanes, full)) {
       rows.next[0] = next[0], rows.next[1] = next[1];
 #pragma unroll 1
       for (int half = 0; half < 2 * N; ++half) {
         make_room<Keys>(a, buffers, rows);
-        join_buffers<Keys, General>(a, acc, limits, latent, pool, rows, half, out);
+        join_half<Keys, General>(a, acc, limits, latent, pool, rows, half);
       }
     }
     if (__any_sync(kAllLanes, cut)) cut_all_rows<Keys, General, (N > 1)>(a, most, buffers, rows);
     rows.cuts = max(called, rows.cuts);
   }
-  const int last = rows.begin + kAlmost * int(sizeof(uint64_t));
-  if (max(rows.next[0], rows.next[1]) > last) cuts.raise(rows.cuts + 1);
+  if (rows.any_has_more(kAlmost)) cuts.raise(rows.cuts + 1);
 }
 
 }  // namespace sae_kernels

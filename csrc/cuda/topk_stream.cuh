@@ -10,6 +10,7 @@ namespace sae_kernels {
 struct FusedArgs : RowArgs {
   const void* x;               // [rows, d_in], d_in even
   const unsigned char* image;  // of the weights and biases, from arrange_weights
+  const int32_t* needed;       // [1], or null: where it is 0 nothing is done
   int d_in;
   int stages;          // chunks of weights in shared memory
   int tiles;           // of 64 latents, an even number; those beyond d_sae are never chosen
@@ -17,7 +18,8 @@ struct FusedArgs : RowArgs {
 };
 
 // Warpgroups whose registers hold rows: as many as these can be dealt out to, and no more than there are buffers for.
-template <int KC, int Keys> constexpr int kMostGroups = Keys > 5 ? 1 : SK_WGMMA ? Keys > 3 ? 2 : 3 : KC == 4 ? 1 : 2;
+template <int KC, int Keys, bool General> constexpr int kMostGroups =
+    Keys > 5 ? 1 : !SK_WGMMA ? (KC == 4 ? 1 : 2) : Keys > 3 || (KC == 4 && General) ? 2 : 3;
 template <int Groups> constexpr int kRowRegisters = Groups == 3 ? 160 : Groups == 2 ? 232 : 248;
 constexpr int kLimitBytes = kTileLatents * sizeof(float), kLinesBytes = kLineBytes + kLimitBytes;  // of a tile
 constexpr int kFewestStages = 4;  // two tiles of two chunks, held until both are looked through

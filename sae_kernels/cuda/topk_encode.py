@@ -26,8 +26,8 @@ _lib.define(
 )
 _lib.define("cuda_topk_write_codes(Tensor keys, Tensor(a!) values, Tensor(b!) indices, int activation) -> ()")
 _lib.define(
-    "cuda_topk_encode_fused(Tensor x, Tensor W, Tensor? bias, Tensor? threshold, Tensor(c!)? passed, Tensor(d!) image,"
-    " Tensor(a!) values, Tensor(b!) indices, int activation, int groups, int stages, int sample) -> ()"
+    "cuda_topk_encode_fused(Tensor x, Tensor W, Tensor? bias, Tensor? threshold, Tensor(c!)? passed, Tensor? needed,"
+    " Tensor(d!) image, Tensor(a!) values, Tensor(b!) indices, int activation, int groups, int stages, int sample) -> ()"
 )
 _lib.define(
     "cuda_topk_encode_panels(Tensor x, Tensor W, Tensor lines, Tensor(a!) pool, Tensor(b!) keys, int activation,"
@@ -45,7 +45,7 @@ def topk_encode(
     Checked arguments of one dtype, float32 or narrower. trims: int32 [1], counts the rows (per chunk of latents) of the
     slab path that brought more candidates than their buffer holds and were trimmed early; only a measure of speed.
     Workspace: at most SlabPlan.nbytes of products and 8 k bytes per row of them; where the fused kernel runs, a copy of
-    W; by panels 200 KB per multiprocessor and 8 k bytes per row and strip, of as many rows as 64 MiB hold.
+    W; by panels 256 KiB per multiprocessor and 8 k bytes per row and strip, of as many rows as 64 MiB hold.
     """
     values, indices = x.new_empty(x.shape[0], k), x.new_empty(x.shape[0], k, dtype=torch.int32)
     choose(x, W, b, k, activation, mask, values, indices, trims=trims)
@@ -54,23 +54,25 @@ def topk_encode(
 
 def choose(
     x, W, b, k, activation, mask, values, indices,
-    threshold: Tensor | None = None, passed: Tensor | None = None, trims: Tensor | None = None,
+    threshold: Tensor | None = None, passed: Tensor | None = None, needed: Tensor | None = None,
+    trims: Tensor | None = None,
 ) -> None:  # fmt: skip
     """Fills values and indices [N, k]. threshold [1] or [d_sae] float32, passed [N] int32 of zeros: as in SelectArgs of
-    topk_slab.cuh.
+    topk_slab.cuh. needed [1] int32, of the fused kernel alone: where it is 0 nothing is done.
     """
     if x.shape[0] == 0:
         return
     x, W = x.contiguous(), W.contiguous()
     bias = None if b is None else b.float().contiguous()
     limit = None if threshold is None else threshold.contiguous()
-    layout = layout_of(x, W, k, limit is not None) if mask is None else None
+    layout = layout_of(x, W, k, activation, limit is not None) if mask is None else None
     if layout is not None:
         sample = layout.sample if limit is None else 0
         image = x.new_empty(layout.image_bytes, dtype=torch.uint8)
         where = (image, values, indices, activation, layout.groups, layout.stages, sample)
-        _ops.cuda_topk_encode_fused(x, W, bias, limit, passed, *where)
+        _ops.cuda_topk_encode_fused(x, W, bias, limit, passed, needed, *where)
         return
+    assert needed is None
     bytes_mask = None if mask is None else mask.contiguous().view(torch.uint8)
     screen = (bias, bytes_mask, limit)
     if mask is None and limit is None and takes_panels(x, W, k, activation):
@@ -93,31 +95,46 @@ class FusedLayout(NamedTuple):
     image_bytes: int
 
 
-def layout_of(x: Tensor, W: Tensor, k: int, limited: bool = False) -> FusedLayout | None:
+def layout_of(x: Tensor, W: Tensor, k: int, activation: int = 0, limited: bool = False) -> FusedLayout | None:
     """Of the fused kernel for these; None: it does not take them. limited: by a threshold, which few latents reach."""
     gpu = _gpu_of(x.device)
     if x.data_ptr() % 4 > 0:
         return None
-    return fused_layout(x.dtype, *W.shape[::-1], k, gpu.shared_bytes, gpu.hopper, limited)
+    general = limited or activation == _ABS
+    return fused_layout(x.dtype, *W.shape[::-1], k, gpu.shared_bytes, gpu.hopper, limited, general)
 
 
 _LINE_BYTES = 64 * 16 + 64 * 4  # biases and limits
 _STAGE_BYTES = 64 * 64 * 2 + _LINE_BYTES + 16  # and barriers
 _COMMON_BYTES = 1024 + 64 * 16 + 16  # to where tiles may begin, zeros, a signal
 _LARGEST_DEPTH, _FEWEST_MORE, _MOST_STAGES = 256, 3, 16  # stages beside those of a tile
-_BUFFERS = {40: (3 * 32 + 1, 3), 128: (5 * 32 + 1, 2), 256: (9 * 32 + 1, 1)}  # largest k -> keys of a row, most groups
+_MOST_COUNTED = 4094 * 64  # latents: a quarter of them is counted in 16 bits
+_BUFFERS = {40: (3 * 32, 3), 128: (5 * 32, 2), 256: (9 * 32, 1)}  # largest k -> keys of a row, most groups
 
 
 def fused_layout(
-    dtype: torch.dtype, d_in: int, d_sae: int, k: int, shared_bytes: int, hopper: bool, limited: bool = False
+    dtype: torch.dtype,
+    d_in: int,
+    d_sae: int,
+    k: int,
+    shared_bytes: int,
+    hopper: bool,
+    limited: bool = False,
+    general: bool = False,
 ) -> FusedLayout | None:
-    """How the fused kernel lies in a block's shared memory; None: it does not take this shape, or does not fit."""
+    """How the fused kernel lies in a block's shared memory; None: it does not take this shape, or does not fit.
+
+    general: by the kernel that knows thresholds and magnitudes, as where `limited`.
+    """
     largest_k = 256 if limited else 128
     if dtype not in (torch.bfloat16, torch.float16) or d_in % 2 or d_in > _LARGEST_DEPTH or k > largest_k:
         return None
+    if limited and d_sae > _MOST_COUNTED:
+        return None
     keys, most_groups = next(size for most, size in _BUFFERS.items() if k <= most)
     chunks = 1 << (-(-d_in // 64) - 1).bit_length()
-    most_groups = min(most_groups, 3 if hopper else 1 if chunks == 4 else 2)  # kMostGroups
+    long = chunks == 4
+    most_groups = min(most_groups, (2 if long and (limited or general) else 3) if hopper else 1 if long else 2)  # kMostGroups
     for groups in range(most_groups, 0, -1):
         stages = (shared_bytes - _COMMON_BYTES - groups * 64 * keys * 8) // _STAGE_BYTES
         if stages >= chunks + _FEWEST_MORE:
@@ -151,7 +168,7 @@ def _gpu_of(device: torch.device) -> Gpu:
     return Gpu(properties.shared_memory_per_block_optin, properties.major == 9, properties.multi_processor_count)
 
 
-_PANEL_ROWS, _WIDE_LATENTS, _POOL_BYTES = 128, 256, 128 * (6 * 32 + 1) * 8  # of topk_panels.cuh
+_PANEL_ROWS, _WIDE_LATENTS, _POOL_BYTES = 128, 256, 2**18  # of topk_panels.cuh
 _PANEL_KEYS_BYTES, _LARGEST_MERGE = 64 * 2**20, 4096
 _FEWEST_STRIP_TILES = 8
 
@@ -186,7 +203,7 @@ def _by_panels(x, W, bias, k, activation, values, indices) -> None:
     strip_tiles = strips_of(x.shape[0], tiles, k, processors)
     strips = -(-tiles // strip_tiles)
     lines = _lines(bias, d_sae, tiles * _WIDE_LATENTS, x, -torch.inf if activation == _NONE else 0.0)
-    pool = x.new_empty(processors * _POOL_BYTES, dtype=torch.uint8)
+    pool = x.new_empty((processors + 1) * _POOL_BYTES, dtype=torch.uint8)  # as it is to begin at a multiple of them
     rows = max(1, _PANEL_KEYS_BYTES // (strips * k * 8) // _PANEL_ROWS) * _PANEL_ROWS
     keys = x.new_empty(min(rows, x.shape[0]), strips, k, dtype=torch.int64)
     for top in range(0, x.shape[0], rows):

@@ -6,9 +6,10 @@ from torch import Tensor
 from . import _autocast, _checks, reference
 from ._backend import cuda_or
 from .threshold_encode import counted_backward, save_for_counted_backward, threshold_with
-from .topk_encode import backends, check_encoder, topk_with
+from .topk_encode import ACTIVATIONS, backends, check_encoder, topk_with
 
 _SAMPLE, _MARGIN = 64, 1.3  # rows of the guess, and how many more candidates than needed it aims at
+_SAMPLE_ON_GPU, _FEWEST_ON_GPU = 512, 2048  # rows from which on a guess pays there
 
 _lib = torch.library.Library("sae_kernels", "FRAGMENT")
 _lib.define(
@@ -55,7 +56,7 @@ def batch_topk_encode(
 
     Differentiable once in x, W_enc and b_enc; chosen on pre-activations accumulated in float32. On CPU a first guess of
     the threshold from some of the rows makes the pass over all rows cheap; should too few entries pass it, the pass is
-    made again without. Workspace: as topk_encode with k = max_active; on CPU 4 bytes per candidate, in CUDA C++ 16 a
+    made again without; so in CUDA C++, where the kernel of short rows takes the batch. Workspace: as topk_encode with k = max_active; on CPU 4 bytes per candidate, in CUDA C++ 16 a
     row, elsewhere what the sorting of all rows x max_active scores takes. The kernels on a GPU wait for nothing.
 
     Under autocast, tensors of different floating dtypes are brought to W_enc's. Raises TypeError or ValueError that
@@ -79,12 +80,16 @@ def batch_topk_encode(
 def _choose(x, W_enc, b_enc, k, max_active, activation, latent_mask, backend):
     total, magnitude = k * x.shape[0], activation == "abs"
     arguments = (max_active, activation, latent_mask)
+    rows = x.shape[0]
     lowest = torch.full((1,), _floor(activation), dtype=reference.accumulator(x.dtype), device=x.device)
-    if backend != "cpu":  # to see whether a guess was too high a GPU would have to be waited for
-        found = threshold_with(backend, x, W_enc, b_enc, lowest, *arguments)
+    if backend != "cpu":
+        found = _guessed_on_gpu(x, W_enc, b_enc, k, lowest, *arguments) if backend == "cuda" else None
+        if found is None:  # a guess that was too high would be known only to who waits for the GPU
+            found = threshold_with(backend, x, W_enc, b_enc, lowest, *arguments)
         values, counts, threshold = _keep_on_gpu(found[0], found[2], total, magnitude)
         return values, found[1], counts, threshold
-    limit = torch.maximum(_guess(x, W_enc, b_enc, k, *arguments, backend).to(lowest), lowest)
+    sample = x[:: max(1, rows // max(_SAMPLE, rows // 32))]
+    limit = torch.maximum(_guess(sample, W_enc, b_enc, k, *arguments, backend).to(lowest), lowest)
     values, indices, counts = threshold_with(backend, x, W_enc, b_enc, limit, *arguments)
     if counts.clamp(max=max_active).sum() < total and limit > lowest:
         values, indices, counts = threshold_with(backend, x, W_enc, b_enc, lowest, *arguments)
@@ -109,10 +114,25 @@ def _floor(activation: str) -> float:
     return -torch.inf if activation == "none" else 0.0
 
 
-def _guess(x, W_enc, b_enc, k, max_active, activation, latent_mask, backend) -> Tensor:
+def _guessed_by_cuda(x, W_enc, b_enc, k, lowest, max_active, activation, latent_mask):
+    """Candidates by a kernel that repeats a guess that was too high without being waited for; None where it cannot."""
+    from ..cuda import threshold_encode as kernel
+
+    rows, code = x.shape[0], ACTIVATIONS.index(activation)
+    if rows < _FEWEST_ON_GPU or not kernel.takes_twice(x, W_enc, max_active, code, latent_mask):
+        return None
+    with _autocast.switched_off(x.device):
+        sample = x[:: rows // _SAMPLE_ON_GPU]
+        guess = _guess(sample, W_enc, b_enc, k, min(max_active, 4 * k), activation, None, "cuda")
+        limit = torch.maximum(guess.to(lowest), lowest)
+        return kernel.threshold_encode_twice(x, W_enc, b_enc, limit, lowest, k * rows, max_active, code)
+
+
+_guessed_on_gpu = cuda_or(_guessed_by_cuda, lambda *_: None)
+
+
+def _guess(sample, W_enc, b_enc, k, max_active, activation, latent_mask, backend) -> Tensor:
     """[1]: what somewhat more than k entries per row are above, as far as an even sample of the rows tells."""
-    rows = x.shape[0]
-    sample = x[:: max(1, rows // max(_SAMPLE, rows // 32))]
     values, _ = topk_with(backend, sample, W_enc, b_enc, max_active, activation, latent_mask)
     score = (values.abs() if activation == "abs" else values).flatten()
     place = int(_MARGIN * k * sample.shape[0]) + 1
