@@ -120,6 +120,7 @@ def test_tests_that_hang_or_are_all_skipped_open_no_gate(tmp_path):
     assert not found["topk_encode"].startswith("ok")
     assert json.loads((tmp_path / "tests.json").read_text())["gates"] == found
     assert checks.run_tests("cpu", tmp_path, "abc", 1.0, tmp_path)["topk_encode"] == "not run: no time is left"
+    assert checks.run_tests("cpu", tmp_path, "new", 1.0, tmp_path, ("sparse_decode",)) == {}
 
 
 def test_a_process_that_dies_is_a_row_and_the_next_goes_on(tmp_path, monkeypatch):

@@ -88,7 +88,7 @@ def test_float64_empties_and_the_whole_batch():
     ("case", "again"), [("as sampled", 0), ("strong rows sampled", 1), ("few fire", 0), ("equal", 1), ("nan", None)]
 )
 def test_the_batch_by_a_guess(monkeypatch, case, again, activation):
-    """Right whether or not the guess lets enough pass; the kernel that repeats it runs where it must, and only there."""
+    """Right whether or not the guess lets enough pass; the kernel that repeats it runs only where it must."""
     needed, choose = [], kernel.choose
     monkeypatch.setattr(kernel, "choose", lambda *a: needed.append(a[10:]) or choose(*a))
     monkeypatch.setattr(batch.module, "_SAMPLE_ON_GPU", 16)

@@ -90,7 +90,9 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"native library: {checks.build(log, chosen.device)} ({time.time() - start:.0f} s)", flush=True)
     tested_by = start + TESTS_SHARE * 60 * chosen.minutes
     with warming(chosen.device, tuple(chosen.op), chosen.tune, log):
-        gates = checks.run_tests(chosen.device, out, facts["commit"], tested_by - time.time(), chosen.tests)
+        gates = checks.run_tests(
+            chosen.device, out, facts["commit"], tested_by - time.time(), chosen.tests, tuple(chosen.op)
+        )
     print(f"tested and compiled after {time.time() - start:.0f} s", flush=True)
     shut = {op: why for op in chosen.op or checks.NEEDS if (why := checks.shut(op, gates))}
     for why in dict.fromkeys(shut.values()):

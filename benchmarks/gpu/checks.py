@@ -69,8 +69,11 @@ def build(log: Path, device: str) -> str:
     return status if status == "ok" else f"{status}: {output.strip().splitlines()[-1] if output.strip() else ''}"
 
 
-def run_tests(device: str, out: Path, commit: str, seconds: float, tests: Path) -> dict[str, str]:
-    """Gate -> "ok: ..." or why it stays shut. Gates that were open for this commit in out/tests.json are not run again.
+def run_tests(
+    device: str, out: Path, commit: str, seconds: float, tests: Path, ops: tuple[str, ...] = ()
+) -> dict[str, str]:
+    """Gate -> "ok: ..." or why it stays shut, of these ops, if any are named. Gates that were open for this commit in
+    out/tests.json are not run again.
 
     All gates at once, as compiling is most of their time; a process for each, so that an illegal access in one does
     not fail the others. seconds: until the last one is stopped.
@@ -78,12 +81,13 @@ def run_tests(device: str, out: Path, commit: str, seconds: float, tests: Path) 
     kept = out / "tests.json"
     known = json.loads(kept.read_text()) if kept.is_file() else {}
     results = known["gates"] if known.get("commit") == commit and known.get("device") == device else {}
-    found = gates(tests)
+    wanted = {gate for op in ops for gate in NEEDS[op]}
+    found = {name: files for name, files in gates(tests).items() if name in wanted or not ops}
     for name in found:
         if results.get(name, "").startswith("ok"):
             print(f"tests of {name}: {results[name]} (before)", flush=True)
     waiting = {name: files for name, files in found.items() if not results.get(name, "").startswith("ok")}
-    workers = max(1, (os.cpu_count() or 1) // 3)  # for the few gates that take long
+    workers = max(1, (os.cpu_count() or 1) // (2 if len(waiting) <= 3 else 3))  # for the few gates that take long
     with ThreadPoolExecutor(max(1, len(waiting))) as pool:
         running = {
             pool.submit(_pytest, files, out / "log.txt", seconds, device, workers): name

@@ -5,8 +5,8 @@
 
 namespace sae_kernels {
 
-// Hands the keys that are not 0 to put(j, key), j from 0 on, in their order, if there are fewer than k then the lowest of
-// the other latents from `first` to `end`, at the lowest score. Returns how many these are together.
+// Hands the keys that are not 0 to put(j, key), j from 0 on, in their order; where they are fewer than k, then the
+// lowest of the other latents from `first` to `end`, at the lowest score. Returns how many these are together.
 template <int N, class Put>
 __device__ __forceinline__ int put_keys(const RowArgs& a, const uint64_t (&key)[N], int first, int end, Put put) {
   const int lane = lane_now();
@@ -26,7 +26,8 @@ __device__ __forceinline__ int put_keys(const RowArgs& a, const uint64_t (&key)[
       const unsigned bit = key[i] > 0 ? unsigned(latent_in(key[i]) - first) : kWarp;
       there |= bit < kWarp ? 1u << bit : 0;
     }
-    const unsigned votes = ~__reduce_or_sync(kAllLanes, there) & (end - first < kWarp ? (1u << (end - first)) - 1 : ~0u);
+    const unsigned inside = end - first < kWarp ? (1u << (end - first)) - 1 : ~0u;
+    const unsigned votes = ~__reduce_or_sync(kAllLanes, there) & inside;
     const int at = n + __popc(votes & before);
     if ((votes >> lane & 1) && at < a.k) put(at, key_of(floor, first + lane, false));
     n = min(a.k, n + __popc(votes));
@@ -82,8 +83,8 @@ __device__ void finish_row(const RowArgs& a, const Rows& rows, int row, int64_t 
   });
 }
 
-// The end of those of a warp's rows, after cut_rows to k, at most 32 N, that have just k keys: several at a time. Returns
-// the others, a bit for each.
+// The end of those of a warp's rows, after cut_rows to k, at most 32 N, that have just k keys: several at a time.
+// Returns the others, a bit for each.
 template <int Keys, int N, class Rows> __device__ __forceinline__ unsigned finish_whole_rows(
     const RowArgs& a, const Rows& rows, int64_t first_row, const uint64_t* buffers) {
   constexpr int kKeys = 4, kAtOnce = kKeys / N;

@@ -1,5 +1,5 @@
-// What the selections compete with: 64-bit keys, of the score, then the lower latent, then the sign that `abs` hides; and
-// what a warp does with a buffer of them.
+// What the selections compete with: 64-bit keys, of the score, then the lower latent, then the sign that `abs` hides;
+// and what a warp does with a buffer of them.
 #pragma once
 
 #include "cuda/device.cuh"

@@ -9,9 +9,7 @@ void encode_panels(Tensor x, Tensor W, Tensor lines, Tensor pool, Tensor keys, i
   const int64_t rows = x.size(0), d_in = x.size(1), d_sae = W.size(0);
   PanelArgs args{};
   args.lines = static_cast<const unsigned char*>(lines.const_data_ptr());
-  const auto given = reinterpret_cast<uintptr_t>(mutable_data<uint8_t>(pool));
-  const int64_t before = int64_t(-given % kPoolBytes);
-  args.pool = mutable_data<uint8_t>(pool) + before;
+  args.pool = mutable_data<uint8_t>(pool);
   args.keys = mutable_data<uint64_t>(keys);
   args.rows = rows;
   args.d_sae = static_cast<int>(d_sae);
@@ -22,7 +20,7 @@ void encode_panels(Tensor x, Tensor W, Tensor lines, Tensor pool, Tensor keys, i
   args.strips = static_cast<int>(keys.size(1));
   args.strip_tiles = static_cast<int>(strip_tiles);
   args.items = static_cast<int>(ceil_div(rows, kPanelRows) * args.strips);
-  const int64_t blocks = std::min<int64_t>(args.items, (pool.numel() - before) / kPoolBytes);
+  const int64_t blocks = std::min<int64_t>(args.items, pool.numel() / kPoolBytes);
   const bool fits = d_in > 0 && d_in % 8 == 0 && args.k <= kLargestFused<kPanelKeys> && activation != kAbs &&
                     aligned(16, x.const_data_ptr()) && aligned(16, W.const_data_ptr()) && aligned(16, args.lines);
   STD_TORCH_CHECK(fits && blocks > 0 && keys.size(0) == rows && lines.scalar_type() == x.scalar_type() &&
@@ -37,6 +35,13 @@ void encode_panels(Tensor x, Tensor W, Tensor lines, Tensor pool, Tensor keys, i
          kPanelBytes);
 }
 
+template <int Best> auto merge_of(int n) {
+  return n <= 4 * kWarp    ? merge_strips<4, Best>
+         : n <= 8 * kWarp  ? merge_strips<8, Best>
+         : n <= 16 * kWarp ? merge_strips<16, Best>
+                           : merge_strips<0, 1>;
+}
+
 void merge_keys(Tensor keys, Tensor values, Tensor indices) {
   MergeArgs args{};
   args.keys = mutable_data<uint64_t>(keys);
@@ -48,10 +53,9 @@ void merge_keys(Tensor keys, Tensor values, Tensor indices) {
   args.dtype = out_of(values);
   for (args.room = 2; args.room < args.n;) args.room *= 2;
   STD_TORCH_CHECK(args.n <= kLargestMerge, "sae_kernels: too many keys to merge");
-  const auto kernel = args.n <= 4 * kWarp   ? merge_strips<4>
-                      : args.n <= 8 * kWarp ? merge_strips<8>
-                      : args.n <= 16 * kWarp ? merge_strips<16>
-                                             : merge_strips<0>;
+  const auto kernel = args.k <= 2 * kWarp   ? merge_of<2>(args.n)
+                      : args.k <= 4 * kWarp ? merge_of<4>(args.n)
+                                            : merge_strips<0, 1>;
   launch(kernel, grid_of(ceil_div(args.rows, kMergeRows)), kMergeRows * kWarp, args, keys,
          int64_t(kMergeRows) * args.room * sizeof(uint64_t));
 }

@@ -22,13 +22,12 @@ constexpr int kWideLineBytes = kWideParts * kLineBytes;
 constexpr int kStageBytes = kPanelGroups * kRowsBytes + kLatentsBytes;
 constexpr int64_t kPanelBytes =
     1024 + kPanelStages * (kStageBytes + kWideLineBytes + 2 * sizeof(Barrier)) + kLineBytes + kWideLineBytes + 16;
-constexpr int64_t kPoolBytes = 1 << 18;  // of a block; a power of two, so that GlobalPool can have it
-static_assert(kPoolBytes >= kPanelRows * kRowKeys<kPanelKeys> * int64_t(sizeof(uint64_t)));
+constexpr int64_t kPoolBytes = int64_t(kPanelRows) * kRowKeys<kPanelKeys> * sizeof(uint64_t);  // of a block
 
 struct PanelArgs : RowArgs {
   TensorMap x, W;                  // [rows, d_in] in boxes of 128 rows, [d_sae, d_in] in boxes of 256
   const unsigned char* lines;      // [tiles, kWideLineBytes] biases
-  unsigned char* pool;             // [blocks, kPoolBytes], at a multiple of kPoolBytes
+  unsigned char* pool;             // [blocks, kPoolBytes]
   uint64_t* keys;                  // [rows, strips, k]: of each strip, in any order; 0: none
   int depth;                       // chunks of 64 elements
   int tiles;                       // of 256 latents
@@ -127,6 +126,35 @@ template <class T> __device__ __forceinline__ void wide_tile(const PanelArgs& a,
   give_back(held);
 }
 
+// The best keys of a warp's rows in a strip of latents, `begin` to `end`, to a.keys.
+__device__ __forceinline__ void finish_strip(const PanelArgs& a, int64_t first_row, int strip, int begin, int end,
+                                             uint64_t* buffers, RowState<GlobalPool>& rows) {
+  const int lane = lane_now();
+  const auto keys_of = [&](int row) { return a.keys + ((first_row + row) * a.strips + strip) * a.k; };
+  bool odd[2] = {};  // rows that do not have just k keys
+  cut_rows<kPanelKeys, false, true>(a, a.k, buffers, rows, [&](int row, int all, int j, uint64_t entry) {
+    const uint64_t key = KeyOf(a)(entry);
+    if (all == a.k && first_row + row < a.rows) keys_of(row)[j] = key;
+    (row < 8 ? odd[0] : odd[1]) |= key == 0;
+  });
+  unsigned left = 0;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int entries = row_sum(rows.count(half));
+    const unsigned votes = __ballot_sync(kAllLanes, odd[half] || entries != a.k);
+    for (int quad = 0; quad < 8; ++quad) left |= (votes >> 4 * quad & 0xf) ? 1u << (quad + 8 * half) : 0;
+  }
+#pragma unroll 1
+  for (; left; left &= left - 1) {
+    const int row = __ffs(left) - 1;
+    if (first_row + row >= a.rows) break;
+    uint64_t* keys = keys_of(row);
+    const int n = best_keys<kPanelKeys, false>(a, rows, row, buffers, begin, end,
+                                               [&](int j, uint64_t key) { keys[j] = key; });
+    for (int j = n + lane; j < a.k; j += kWarp) keys[j] = 0;
+  }
+}
+
 // One warp's rows of all items of its block.
 template <class T> __device__ void select_strips(const PanelArgs& a, const PanelShared& shared, int warp) {
   const int lane = threadIdx.x % kWarp;
@@ -150,15 +178,8 @@ template <class T> __device__ void select_strips(const PanelArgs& a, const Panel
       keep_best<kPanelKeys, false>(a, acc, nullptr, tile * kWideLatents + 2 * (lane % 4), pool, buffers, rows,
                                    *shared.cuts, (seen & (seen - 1)) == 0);
     }
-    cut_rows<kPanelKeys, false, false>(a, a.k, buffers, rows);
-#pragma unroll 1
-    for (int number = 0; number < kWarpRows && row + warp * kWarpRows + number < a.rows; ++number) {
-      uint64_t* keys = a.keys + ((row + warp * kWarpRows + number) * a.strips + strip) * a.k;
-      const int n = best_keys<kPanelKeys, false>(a, rows, number, buffers, first * kWideLatents,
-                                                 min(end * kWideLatents, a.d_sae),
-                                                 [&](int j, uint64_t key) { keys[j] = key; });
-      for (int j = n + lane; j < a.k; j += kWarp) keys[j] = 0;
-    }
+    finish_strip(a, row + warp * kWarpRows, strip, first * kWideLatents, min(end * kWideLatents, a.d_sae), buffers,
+                 rows);
   });
 }
 
@@ -187,28 +208,36 @@ struct MergeArgs {
   void* values;          // [rows, k]
   int32_t* indices;      // [rows, k]
   int64_t rows;
-  int n, k, room;        // room: a power of two, n or more
+  int n, k, room;        // room: of a row in shared memory, a power of two, n or more
   Out dtype;
 };
 constexpr int kMergeRows = 4, kLargestMerge = 4096;
 
-// The k best keys of a row, in order: one warp per row. N: keys of a lane, or 0 where they are too many for registers.
-template <int N> __global__ void __launch_bounds__(kMergeRows * kWarp) merge_strips(MergeArgs a) {
+// The k best keys of a row, in order: one warp per row. N: keys of a lane, or 0 where they are too many for registers;
+// Best: 32 times as many are at least k.
+template <int N, int Best> __global__ void __launch_bounds__(kMergeRows * kWarp) merge_strips(MergeArgs a) {
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   const int64_t row = int64_t(blockIdx.x) * kMergeRows + warp;
   if (row >= a.rows) return;
   uint64_t* buffer = reinterpret_cast<uint64_t*>(dynamic_shared()) + warp * a.room;
   for (int i = lane; i < a.n; i += kWarp) buffer[i] = a.keys[row * a.n + i];
-  int count = a.n;
+  const auto write = [&](int j, uint64_t key) {
+    if (j < a.k) write_code(a.values, a.indices, a.dtype, row * a.k + j, key, false);
+  };
   if constexpr (N > 0) {
     uint32_t bound;
     const auto from = [&](int i) { return i * kWarp + lane < a.n ? i * kWarp + lane : -1; };
-    const auto key = [](uint64_t entry) { return entry; };
-    count = cut<N>(buffer, from, a.k, a.k, key, [](int j) { return j; }, bound);
+    const int n = cut<N>(buffer, from, a.k, a.k, [](uint64_t key) { return key; }, [](int j) { return j; }, bound);
+    uint64_t key[Best];
+#pragma unroll
+    for (int i = 0; i < Best; ++i) key[i] = i * kWarp + lane < n ? buffer[i * kWarp + lane] : 0;
+    sort_keys<1, Best>(key);
+#pragma unroll
+    for (int i = 0; i < Best; ++i) write(i * kWarp + lane, key[i]);
+  } else {
+    sort_descending<WarpTeam>(buffer, a.n, a.k, lane);
+    for (int j = lane; j < a.k; j += kWarp) write(j, buffer[j]);
   }
-  sort_descending<WarpTeam>(buffer, count, a.k, lane);
-  for (int j = lane; j < a.k; j += kWarp)
-    write_code(a.values, a.indices, a.dtype, row * a.k + j, buffer[j], false);
 }
 
 }  // namespace sae_kernels

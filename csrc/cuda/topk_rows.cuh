@@ -51,14 +51,14 @@ struct KeyOf {
 // each has a segment of the row's buffer to itself.
 template <class Pool> struct RowState {
   float bound[2];
-  uint32_t next[2];  // where in the pool of buffers the lane's next entry goes, of the upper row less kUpperRow
-  uint32_t begin;    // where the lower row's segment begins
-  uint32_t passed;  // of the upper row in the upper half
-  int cuts;     // of the block's common cuts, the last that the warp took part in
+  uint32_t next[2];  // the place of the lane's next entry, as Pool has it; of the upper row as of the lower one's
+  uint32_t begin;    // the place of its first one
+  uint32_t passed;   // how many were above their limits; of the upper row in the upper half
+  int cuts;          // of the block's common cuts, the last that the warp took part in
 
   // Entries in the lane's segment of its lower (0) or upper (1) row.
   __device__ __forceinline__ int count(int half) const {
-    return int(uint32_t(half ? next[1] : next[0]) - uint32_t(begin)) / int(Pool::kNext);
+    return int((half ? next[1] : next[0]) - begin) / int(Pool::kNext);
   }
   // A row's entries are `n`, dealt out as place_in says.
   __device__ __forceinline__ void deal(int half, int n) {
@@ -68,10 +68,10 @@ template <class Pool> struct RowState {
   }
   // Whether a segment has more than n.
   __device__ __forceinline__ bool has_more(int half, int n) const {
-    return uint32_t(next[half]) > uint32_t(begin) + n * Pool::kNext;
+    return next[half] > begin + n * Pool::kNext;
   }
   __device__ __forceinline__ bool any_has_more(int n) const {
-    return max(uint32_t(next[0]), uint32_t(next[1])) > uint32_t(begin) + n * Pool::kNext;
+    return max(next[0], next[1]) > begin + n * Pool::kNext;
   }
 };
 
@@ -90,10 +90,11 @@ __device__ __forceinline__ uint32_t held(uint32_t x) {
 
 constexpr uint32_t kEntryStep = kWarp * sizeof(uint64_t);  // from one of a lane's entries to the next, in bytes
 
-// Where a warp's buffers lie, and where in them a lane puts its entries: places count bytes, so that a place is all of
-// an address in shared memory, or entries, which one multiplication turns into an address in global memory.
+// Where buffers lie, and what stands for a place in them: in shared memory bytes from its beginning, which are all that
+// an address needs; in global memory how many of the lane's entries come before, which one multiplication turns into an
+// address. kNext: from one place to the next. Further: entries from the place on.
 struct SharedPool {
-  static constexpr uint32_t kNext = kEntryStep;  // from one of a lane's entries to the next
+  static constexpr uint32_t kNext = kEntryStep;
   unsigned char* begin;
   __device__ __forceinline__ uint32_t place_of(const uint64_t* p) const {
     return uint32_t(reinterpret_cast<const unsigned char*>(p) - begin);
@@ -186,10 +187,10 @@ __device__ __forceinline__ int row_sum(int x) { return team_sum(x, 4); }
 
 // Cuts all of the warp's buffers at once, each by the four lanes of its row: to a score that a.k entries reach and,
 // but for equal ones, no more than `most`. The bound rises to it; where fewer than that are there nothing is cut.
-// Entry j of a row is then in segment j % 4, at j / 4. AtOnce: whether entries are read whole, where reading takes long
-// and registers are free.
-template <int Keys, bool General, bool AtOnce, class Rows>
-__device__ __forceinline__ void cut_rows(const RowArgs& a, int most, uint64_t* buffers, Rows& rows) {
+// Entry j of a row is then in segment j % 4, at j / 4; also(row, how many stay, j, entry) hears of it. AtOnce: whether
+// entries are read whole, where reading takes long and registers are free.
+template <int Keys, bool General, bool AtOnce, class Rows, class Also>
+__device__ __forceinline__ void cut_rows(const RowArgs& a, int most, uint64_t* buffers, Rows& rows, Also also) {
   const int lane = threadIdx.x % kWarp, column = lane % 4;
   const bool is_abs = General && a.activation == kAbs;
   const float missing = is_abs ? 0.0f : -__builtin_huge_valf();
@@ -240,13 +241,20 @@ __device__ __forceinline__ void cut_rows(const RowArgs& a, int most, uint64_t* b
 #pragma unroll
     for (int i = 0; i < kSegment<Keys>; ++i) {
       if (score_of(pre[i]) < raised) continue;
-      buffers[place_in<Keys>(number, before++)] = uint64_t(__float_as_uint(pre[i])) << 32 | latent[i];
+      const uint64_t entry = uint64_t(__float_as_uint(pre[i])) << 32 | latent[i];
+      also(number, all, before, entry);
+      buffers[place_in<Keys>(number, before++)] = entry;
     }
     __syncwarp();
     rows.deal(half, all);
     if (half) rows.bound[1] = raised;
     else rows.bound[0] = raised;
   }
+}
+
+template <int Keys, bool General, bool AtOnce, class Rows>
+__device__ __forceinline__ void cut_rows(const RowArgs& a, int most, uint64_t* buffers, Rows& rows) {
+  cut_rows<Keys, General, AtOnce>(a, most, buffers, rows, [](int, int, int, uint64_t) {});
 }
 
 // The same with buffers that are too large for registers, row by row.
@@ -265,7 +273,8 @@ template <int Keys, class Rows>
 __device__ __forceinline__ void make_room(const RowArgs& a, uint64_t* buffers, Rows& rows) {
   unsigned full[2];
 #pragma unroll
-  for (int row = 0; row < 2; ++row) full[row] = __ballot_sync(kAllLanes, rows.has_more(row, kSegment<Keys> - kHalfBits));
+  for (int row = 0; row < 2; ++row)
+    full[row] = __ballot_sync(kAllLanes, rows.has_more(row, kSegment<Keys> - kHalfBits));
   cut_full_rows<Keys>(a, full, buffers, rows);
 }
 

@@ -29,8 +29,8 @@ def takes_twice(x: Tensor, W: Tensor, max_active: int, activation: int, mask: Te
 def threshold_encode_twice(
     x: Tensor, W: Tensor, b: Tensor | None, first: Tensor, then: Tensor, total: int, max_active: int, activation: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """threshold_encode at `first` [1]; where fewer than `total` slots are filled by that, at `then` [1], which is lower:
-    the GPU finds out by itself, and nothing is waited for. Arguments as takes_twice says.
+    """threshold_encode at `first` [1]; where fewer than `total` slots are filled by that, at the lower `then` [1]: the
+    GPU finds out by itself, and nothing is waited for. Arguments as takes_twice says.
     """
     x, W = x.contiguous(), W.contiguous()
     values, indices, counts = _empty(x, max_active)

@@ -54,10 +54,11 @@ def batch_topk_encode(
     scores stand by the lower row, then by the lower index. NaN ranks highest; -inf is never chosen. The other slots
     hold value 0 and latents of no meaning: valid, and distinct within a row.
 
-    Differentiable once in x, W_enc and b_enc; chosen on pre-activations accumulated in float32. On CPU a first guess of
-    the threshold from some of the rows makes the pass over all rows cheap; should too few entries pass it, the pass is
-    made again without; so in CUDA C++, where the kernel of short rows takes the batch. Workspace: as topk_encode with k = max_active; on CPU 4 bytes per candidate, in CUDA C++ 16 a
-    row, elsewhere what the sorting of all rows x max_active scores takes. The kernels on a GPU wait for nothing.
+    Differentiable once in x, W_enc and b_enc; chosen on pre-activations accumulated in float32. A first guess of the
+    threshold from some of the rows makes the pass over all rows cheap, on CPU and, in CUDA C++, where the kernel of
+    short rows takes the batch; should too few entries pass it, the pass is made again without. Workspace: as
+    topk_encode with k = max_active; on CPU 4 bytes per candidate, in CUDA C++ 16 a row, elsewhere what the sorting of
+    all rows x max_active scores takes. The kernels on a GPU wait for nothing.
 
     Under autocast, tensors of different floating dtypes are brought to W_enc's. Raises TypeError or ValueError that
     names the argument, before any work.

@@ -84,8 +84,8 @@ void encode_panels(int64_t rows, int d_in, int d_sae, int k, int strip_tiles) {
   std::vector<float> values(rows * k);
   std::vector<int32_t> indices(rows * k);
   MergeArgs merge{keys.data(), values.data(), indices.data(), rows, args.strips * k, k, 64, Out::kFloat};
-  cuda_host::run(merge_strips<0>, dim3(1), kMergeRows * kWarp, merge, kMergeRows * 64 * 8);
-  cuda_host::run(merge_strips<4>, dim3(1), kMergeRows * kWarp, merge, kMergeRows * 64 * 8);
+  cuda_host::run(merge_strips<0, 1>, dim3(1), kMergeRows * kWarp, merge, kMergeRows * 64 * 8);
+  cuda_host::run(merge_strips<4, 2>, dim3(1), kMergeRows * kWarp, merge, kMergeRows * 64 * 8);
 }
 
 // Some rows have no candidate, some more than there are places.
