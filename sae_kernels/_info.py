@@ -10,18 +10,25 @@ from . import _native
 
 # the GPU on which each op's results have been checked against its oracle and timed; None: not yet on any
 GPU_VERIFIED: dict[str, str | None] = {
-    **dict.fromkeys(("topk_encode", "sparse_decode", "sae_loss", "ActivationStats", "threshold_encode"), "NVIDIA H200"),
-    "batch_topk_encode": None,
+    op: "NVIDIA H200"
+    for op in (
+        "topk_encode",
+        "threshold_encode",
+        "batch_topk_encode",
+        "sparse_decode",
+        "sae_loss",
+        "ActivationStats",
+    )
 }
-# whose kernels have been changed after that
-GPU_CHANGED = frozenset({"topk_encode", "threshold_encode"})
+# which have become faster since they were timed
+GPU_CHANGED = frozenset({"batch_topk_encode"})
 
 
 def info() -> dict[str, Any]:
     """Versions, devices, threads, the native libraries, the CPU's instruction set, the backend ops take on the CPU.
 
-    `gpu_verified` names, per op, the GPU on which it has been checked, and says where its kernels are newer than that
-    or where there is none yet.
+    `gpu_verified` names, per op, the GPU on which it has been checked and timed, and says where its kernels have changed
+    since it was timed or where there is none yet.
     """
     from . import __version__
     from .ops import _backend
@@ -46,7 +53,7 @@ def info() -> dict[str, Any]:
 
 
 def _verified(op: str) -> str:
-    newer = " (its kernels have changed since)" if op in GPU_CHANGED else ""
+    newer = " (timed before its kernels changed)" if op in GPU_CHANGED else ""
     return f"{GPU_VERIFIED[op]}{newer}" if GPU_VERIFIED[op] else "not yet verified on a GPU"
 
 

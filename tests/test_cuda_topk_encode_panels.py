@@ -102,7 +102,7 @@ def test_nan_and_infinity():
 def test_where_it_is_taken(monkeypatch):
     monkeypatch.undo()
     x, W = torch.zeros(17000, 1536, dtype=torch.bfloat16), torch.zeros(512, 1536, dtype=torch.bfloat16)
-    hopper = kernel.Gpu(232_448, True, 132, 50 * 2**20)
+    hopper = kernel.Gpu(232_448, True, 132)
     monkeypatch.setattr(kernel, "_gpu_of", lambda device: hopper)
     monkeypatch.setattr(tuning, "table", dict)
     assert kernel.takes_panels(x, W, 128, 1)
@@ -121,15 +121,11 @@ def test_where_it_is_taken(monkeypatch):
     assert not kernel.takes_panels(x, W, 128, 1)
 
 
-def test_strips(monkeypatch):
-    monkeypatch.setattr(kernel, "_SHARE_OF_L2", 3)
-    gpu = kernel.Gpu(232_448, True, 132, 50 * 2**20)
-    for rows, d_in, tiles, k, strip in (
-        (131072, 1536, 96, 64, 32),  # 44 panels at a time, so that L2 holds them
-        (32768, 4096, 512, 64, 57),  # 16
-        (131072, 128, 96, 64, 96),  # all 132 fit
-        (3000, 1536, 96, 64, 16),  # 24 panels for 132 multiprocessors
-        (3000, 1536, 5, 64, 5),
-        (100, 1536, 4096, 128, 128),  # 32 strips of 128 keys: the most that are merged
+def test_strips():
+    for rows, tiles, k, strip in (
+        (131072, 96, 64, 96),
+        (3000, 96, 64, 16),  # 24 panels for 132 multiprocessors
+        (3000, 5, 64, 5),
+        (100, 4096, 128, 128),  # 32 strips of 128 keys: the most that are merged
     ):
-        assert kernel.strips_of(rows, d_in, tiles, k, gpu) == strip
+        assert kernel.strips_of(rows, tiles, k, 132) == strip

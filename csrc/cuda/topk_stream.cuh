@@ -19,7 +19,9 @@ struct FusedArgs : RowArgs {
 
 // Warpgroups whose registers hold rows: as many as these can be dealt out to, and no more than there are buffers for.
 template <int KC, int Keys, bool General> constexpr int kMostGroups =
-    Keys > 5 ? 1 : !SK_WGMMA ? (KC == 4 ? 1 : 2) : Keys > 3 || (KC == 4 && General) ? 2 : 3;
+    Keys > 5    ? 1
+    : !SK_WGMMA ? (KC == 4 || (General && (KC == 2 || Keys > 3)) ? 1 : 2)
+                : (Keys > 3 || (General && KC == 4) ? 2 : 3);
 template <int Groups> constexpr int kRowRegisters = Groups == 3 ? 160 : Groups == 2 ? 232 : 248;
 constexpr int kLimitBytes = kTileLatents * sizeof(float), kLinesBytes = kLineBytes + kLimitBytes;  // of a tile
 constexpr int kFewestStages = 4;  // two tiles of two chunks, held until both are looked through

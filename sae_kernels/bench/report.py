@@ -257,6 +257,8 @@ BLOCKS: dict[str, Callable[[Results], str]] = {
     "encodebackward": _comparison("topk_encode", "backward"),
     "decode": _comparison("sparse_decode", "forward"),
     "decodebackward": _comparison("sparse_decode", "backward"),
+    "threshold": _comparison("threshold_encode", "forward"),
+    "batchtopk": _comparison("batch_topk_encode", "forward"),
     "module": _comparison("module", "forward"),
     "step": _comparison("module", "step"),
     "statistics": _comparison("activation_stats", "forward"),
