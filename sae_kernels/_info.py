@@ -27,8 +27,8 @@ GPU_CHANGED = frozenset({"batch_topk_encode"})
 def info() -> dict[str, Any]:
     """Versions, devices, threads, the native libraries, the CPU's instruction set, the backend ops take on the CPU.
 
-    `gpu_verified` names, per op, the GPU on which it has been checked and timed, and says where its kernels have changed
-    since it was timed or where there is none yet.
+    `gpu_verified` names, per op, the GPU on which it has been checked and timed, and says where its kernels changed
+    after it was timed or where there is none yet.
     """
     from . import __version__
     from .ops import _backend
