@@ -64,6 +64,12 @@ def load() -> None:
         load_for_cpu()
 
 
+def pretend(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors on the CPU are taken for those of a GPU that has the CUDA library."""
+    monkeypatch.setattr(_native, "cuda_error", None)
+    monkeypatch.setattr(_native, "cuda_runs_on", "cpu")
+
+
 def call(function: Callable, *args: Any, **options: Any) -> Any:
     """The function's results for tensors on the CPU, computed on DEVICE."""
     results = function(*[a.to(DEVICE) if isinstance(a, torch.Tensor) else a for a in args], **options)

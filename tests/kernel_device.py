@@ -6,7 +6,6 @@ import pytest
 import torch
 
 import sae_kernels as sk
-from sae_kernels import _native
 
 ON_GPU = torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1"
 KERNELS = ["cuda", *(["triton"] if ON_GPU or os.environ.get("TRITON_INTERPRET") == "1" else [])]
@@ -23,7 +22,6 @@ def device(request, monkeypatch):
     if request.param == "cuda":
         cuda_library.load()
         if cuda_library.DEVICE == "cpu":
-            monkeypatch.setattr(_native, "cuda_error", None)
-            monkeypatch.setattr(_native, "cuda_runs_on", "cpu")
+            cuda_library.pretend(monkeypatch)
     with sk.backend(request.param):
         yield cuda_library.DEVICE if request.param == "cuda" else "cuda" if ON_GPU else "cpu"

@@ -7,7 +7,6 @@ from cuda_library import DEVICE
 from test_activation_stats import FULL, D, codes, same
 
 import sae_kernels as sk
-from sae_kernels import _native
 from sae_kernels.ops import _stats_gpu
 from sae_kernels.ops.activation_stats import ActivationStats
 
@@ -16,8 +15,7 @@ from sae_kernels.ops.activation_stats import ActivationStats
 def on_cuda(monkeypatch):
     cuda_library.load()
     if DEVICE == "cpu":
-        monkeypatch.setattr(_native, "cuda_error", None)
-        monkeypatch.setattr(_native, "cuda_runs_on", "cpu")
+        cuda_library.pretend(monkeypatch)
     with sk.backend("cuda"):
         yield
 

@@ -14,8 +14,7 @@ from sae_kernels.ops import _backend, reference
 @pytest.fixture
 def on_cuda(monkeypatch):
     cuda_library.load_for_cpu()
-    monkeypatch.setattr(_native, "cuda_error", None)
-    monkeypatch.setattr(_native, "cuda_runs_on", "cpu")
+    cuda_library.pretend(monkeypatch)
     with sk.backend("cuda"):
         yield
 
@@ -120,8 +119,7 @@ def test_triton_that_cannot_build_hands_over(monkeypatch):
         raise CompilationError("no such instruction")
 
     monkeypatch.setattr(_backend, "_broken", None)
-    monkeypatch.setattr(_native, "cuda_error", None)
-    monkeypatch.setattr(_native, "cuda_runs_on", "cpu")
+    cuda_library.pretend(monkeypatch)
     run = _backend.triton_or(broken, _backend.cuda_or(lambda tensor: "cuda", lambda tensor: "plain"))
     with pytest.warns(UserWarning, match="runs its CUDA C\\+\\+ kernels: Triton cannot build broken: CompilationError"):
         assert run(torch.ones(1)) == "cuda"

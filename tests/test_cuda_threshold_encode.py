@@ -11,7 +11,6 @@ from test_threshold_encode import assert_same, oracle
 from test_topk_encode import small_integers
 
 import sae_kernels as sk
-from sae_kernels import _native
 from sae_kernels.cuda import threshold_encode as kernel
 from sae_kernels.kernels import tuning
 from sae_kernels.ops.topk_encode import ACTIVATIONS
@@ -21,8 +20,7 @@ from sae_kernels.ops.topk_encode import ACTIVATIONS
 def on_cuda(monkeypatch):
     cuda_library.load()
     if DEVICE == "cpu":
-        monkeypatch.setattr(_native, "cuda_error", None)
-        monkeypatch.setattr(_native, "cuda_runs_on", "cpu")
+        cuda_library.pretend(monkeypatch)
     with sk.backend("cuda"):
         yield
 
@@ -108,3 +106,11 @@ def test_the_batch_by_a_guess(monkeypatch, case, again, activation):
     assert first == () and second[0].shape == (1,)
     if activation == "relu" and again is not None:
         assert second[0].item() == again
+
+
+def test_only_the_fused_kernel_can_be_left_out():
+    x, W, b = (t.to(DEVICE) for t in small_integers(4, 6, 40, torch.float32))
+    assert not kernel.takes_twice(x, W, 9, 0, None)
+    limits = [torch.full((1,), float(t), device=DEVICE) for t in (9, 0)]
+    with pytest.raises(RuntimeError, match="which alone can be left out"):
+        kernel.threshold_encode_twice(x, W, b, *limits, 8, 9, 0)

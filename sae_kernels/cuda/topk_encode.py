@@ -73,7 +73,8 @@ def choose(
         where = (image, values, indices, activation, layout.groups, layout.stages, sample)
         _ops.cuda_topk_encode_fused(x, W, bias, limit, passed, needed, *where)
         return
-    assert needed is None
+    if needed is not None:
+        raise RuntimeError("sae_kernels: these tensors do not fit the fused encoder, which alone can be left out")
     bytes_mask = None if mask is None else mask.contiguous().view(torch.uint8)
     screen = (bias, bytes_mask, limit)
     if mask is None and limit is None and takes_panels(x, W, k, activation):
