@@ -6,9 +6,9 @@
     python -m benchmarks.gpu --out DIR --resume EARLIER --profile
                                                             and then the time per kernel of the headline cases
 
-Everything ends within --minutes. What is worth most comes first: tests of all ops at once, each in a process of its
-own, while the kernels of the cases compile beside them; the headline case of every op; the rest. Whatever is cut off
-is done by another run with --resume, which runs no test and no comparison of the same commit again.
+Everything ends within --minutes. What is worth most comes first: tests of all ops (or of what --op needs) at once, each
+in a process of its own, while the kernels of the cases compile beside them; the headline case of every op; the rest.
+Whatever is cut off is done by another run with --resume, which runs no test and no comparison of the same commit again.
 
 Rows go to DIR/<device>/<op>.csv as they are measured, what the build, the tests and the profile say to DIR/log.txt,
 tested gates to DIR/tests.json, what the sweep found to DIR/tuning.json: that file goes to sae_kernels/kernels/, and
