@@ -114,3 +114,14 @@ def test_only_the_fused_kernel_can_be_left_out():
     limits = [torch.full((1,), float(t), device=DEVICE) for t in (9, 0)]
     with pytest.raises(RuntimeError, match="which alone can be left out"):
         kernel.threshold_encode_twice(x, W, b, *limits, 8, 9, 0)
+
+
+def test_the_guess_asks_the_device_for_nothing(monkeypatch):
+    """Every way from a tensor to a Python number is closed while the batch is encoded."""
+    monkeypatch.setattr(batch.module, "_FEWEST_ON_GPU", 512)
+    x, W, b = (t.to(DEVICE) for t in small_integers(512, 6, 70, torch.bfloat16))
+    with monkeypatch.context() as watched:
+        for name in ("tolist", "item", "nonzero", "__bool__", "__int__", "__index__", "__float__", "cpu", "numpy"):
+            watched.setattr(torch.Tensor, name, lambda *_, name=name: pytest.fail(f"{name} waits for the device"))
+        counts = sk.batch_topk_encode(x, W, b, 4)[2]
+    assert counts.sum() == 4 * 512

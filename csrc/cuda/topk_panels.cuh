@@ -3,8 +3,8 @@
 // in their accumulators goes through topk_rows.cuh. The rows' buffers lie in global memory, a block's own, and so in
 // L2. Of a strip, every row leaves its k best; where there are several strips a kernel of its own puts them together.
 //
-// Traffic: of 48 KiB from L2, 128 x 256 x 64 products, which is what binds it; 128 accumulators of a thread are looked
-// through once for all of the depth.
+// Traffic: of 48 KiB from L2, 128 x 256 x 64 products, and the panels from memory for every tile where L2 does not hold
+// those of all blocks; 128 accumulators of a thread are looked through once for all of the depth, no product meanwhile.
 #pragma once
 
 #include "cuda/dynamic_shared.cuh"

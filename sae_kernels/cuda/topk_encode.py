@@ -102,8 +102,7 @@ def layout_of(x: Tensor, W: Tensor, k: int, activation: int = 0, limited: bool =
     gpu = _gpu_of(x.device)
     if x.data_ptr() % 4 > 0:
         return None
-    general = limited or activation == _ABS
-    return fused_layout(x.dtype, *W.shape[::-1], k, gpu.shared_bytes, gpu.hopper, limited, general)
+    return fused_layout(x.dtype, *W.shape[::-1], k, gpu.shared_bytes, gpu.hopper, limited, activation == _ABS)
 
 
 _LINE_BYTES = 64 * 16 + 64 * 4  # biases and limits
@@ -122,12 +121,9 @@ def fused_layout(
     shared_bytes: int,
     hopper: bool,
     limited: bool = False,
-    general: bool = False,
+    magnitudes: bool = False,
 ) -> FusedLayout | None:
-    """How the fused kernel lies in a block's shared memory; None: it does not take this shape, or does not fit.
-
-    general: by the kernel that knows thresholds and magnitudes, as where `limited`.
-    """
+    """How the fused kernel lies in a block's shared memory; None: it does not take this shape, or does not fit."""
     largest_k = 256 if limited else 128
     if dtype not in (torch.bfloat16, torch.float16) or d_in % 2 or d_in > _LARGEST_DEPTH or k > largest_k:
         return None
@@ -135,7 +131,7 @@ def fused_layout(
         return None
     keys, most_groups = next(size for most, size in _BUFFERS.items() if k <= most)
     chunks = 1 << (-(-d_in // 64) - 1).bit_length()
-    general = general or limited
+    general = limited or magnitudes
     if hopper:  # kMostGroups
         most_groups = min(most_groups, 2 if general and chunks == 4 else 3)
     else:

@@ -9,7 +9,7 @@ from .threshold_encode import counted_backward, save_for_counted_backward, thres
 from .topk_encode import ACTIVATIONS, backends, check_encoder, topk_with
 
 _SAMPLE, _MARGIN = 64, 1.3  # rows of the guess, and how many more candidates than needed it aims at
-_SAMPLE_ON_GPU, _FEWEST_ON_GPU = 512, 2048  # rows from which on a guess pays there
+_SAMPLE_ON_GPU, _FEWEST_ON_GPU = 512, 2048  # there, and rows of the smallest batch that is guessed at
 
 _lib = torch.library.Library("sae_kernels", "FRAGMENT")
 _lib.define(
