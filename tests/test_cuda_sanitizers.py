@@ -72,6 +72,12 @@ FAULTS = {
         "",
         "data race",
     ),
+    "latents fill up before all that passed are marked": (
+        "thread",
+        "    if (latent < a.k) atomicOr(taken + latent / kWarp, 1u << latent % kWarp);\n  }\n  __syncwarp();\n",
+        "    if (latent < a.k) atomicOr(taken + latent / kWarp, 1u << latent % kWarp);\n  }\n",
+        "data race",
+    ),
     "no __syncthreads before the table is read": (
         "thread",
         "  __syncthreads();\n  for (int slot",

@@ -37,13 +37,18 @@ def run(x, W, b, threshold, max_active, activation="relu", mask=None):
     [*((name, torch.float32) for name in ACTIVATIONS), ("relu", torch.bfloat16), ("abs", torch.float16)],
 )
 def test_exact_arithmetic_entry_for_entry(activation, dtype):
-    """Thresholds for all latents and for each, with and without a mask; teams of a warp and of a block; no slot left
-    and many.
-    """
+    """Thresholds for all latents and for each, with and without a mask; buffers of all sizes; no slot left and many."""
     x, W, b = small_integers(2, 9, 417, dtype)
     g = torch.Generator().manual_seed(1)
     mask, each = torch.rand(417, generator=g) < 0.4, torch.randint(-8, 25, (417,), generator=g).float()
-    for latent_mask, threshold, max_active in ((None, 6.0, 9), (mask, each, 40), (None, each, 400), (mask, 99.0, 3)):
+    for latent_mask, threshold, max_active in (
+        (None, 6.0, 9),
+        (mask, each, 40),
+        (None, each, 400),
+        (mask, 99.0, 3),
+        (None, 2.0, 90),
+        (mask, 1.0, 256),
+    ):
         got = run(x, W, b, threshold, max_active, activation, latent_mask)
         assert got[0].dtype == dtype
         assert_same(got, oracle(x, W, b, threshold, max_active, activation, latent_mask))
@@ -59,6 +64,34 @@ def test_chunks_of_rows_and_latents_and_the_sort_of_whole_rows(monkeypatch, acti
     each = torch.arange(250.0) % 13
     for threshold, max_active in ((each, 20), (-torch.inf, 100)):
         assert_same(run(x, W, b, threshold, max_active, activation), oracle(x, W, b, threshold, max_active, activation))
+
+
+def orders(d_sae):
+    """[d_sae] scores above 0 whose order fills a buffer again and again, or whose ties must be settled."""
+    g = torch.Generator().manual_seed(2)
+    yield torch.arange(1.0, d_sae + 1)
+    yield torch.arange(d_sae, 0.0, -1)
+    yield torch.randn(d_sae, generator=g).exp()
+    yield torch.full((d_sae,), 3.0)
+    yield torch.randint(1, 4, (d_sae,), generator=g).float()
+    yield torch.where(torch.rand(d_sae, generator=g) < 0.2, torch.nan, torch.arange(1.0, d_sae + 1))
+
+
+@pytest.mark.parametrize("max_active, columns", [(9, 3000), (100, 1000), (200, 999), (600, 3000), (600, 999)])
+def test_buffers_that_fill_up(monkeypatch, max_active, columns):
+    """Latents four by four and one by one, whole rows and chunk after chunk, whose results are cut and cut again."""
+    monkeypatch.setattr(tuning, "slab_shape", lambda rows, d_sae, nbytes: (rows, columns))
+    x = torch.tensor([[1.0], [-1.0]])  # the second row: only where the sign does not matter
+    each, mask = torch.arange(3000.0) % 5 / 2, torch.arange(3000) % 11 > 0
+    for scores in orders(3000):
+        W = scores.unsqueeze(1)
+        for activation, threshold, latent_mask in (
+            ("abs", 0.0, None),
+            ("none", -torch.inf, mask),
+            ("relu", each, None),
+        ):
+            got = run(x, W, None, threshold, max_active, activation, latent_mask)
+            assert_same(got, oracle(x, W, None, threshold, max_active, activation, latent_mask))
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)

@@ -1,5 +1,5 @@
 // Launchers of the selection: sae_kernels/cuda/topk_encode.py makes the products and calls them chunk after chunk.
-#include "cuda/launch.h"
+#include "cuda/slab_args.h"
 #include "cuda/topk_select.cuh"
 
 namespace sae_kernels {
@@ -11,51 +11,24 @@ template <class F> void with_activation(int64_t activation, F&& f) {
   else f.template operator()<kAbs>();
 }
 
-template <class P> void launch_select(const SelectArgs& args, int64_t activation, bool wide, const Tensor& slab) {
+template <class P> void launch_select(const SelectArgs& args, int64_t activation, const Tensor& slab) {
   with_activation(activation, [&]<int Act>() {
-    const dim3 grid = grid_of(ceil_div(args.rows, P::kRows));
-    const auto plain = wide ? select_rows<P, 4, Act> : select_rows<P, 1, Act>;
-    launch(args.threshold ? select_limited_rows<P, Act> : plain, grid, P::kThreads, args, slab);
+    const auto kernel = is_wide(args) ? select_rows<P, 4, Act> : select_rows<P, 1, Act>;
+    launch(kernel, grid_of(ceil_div(args.rows, P::kRows)), P::kThreads, args, slab);
   });
-}
-
-SelectArgs slab_args(const Tensor& slab, const std::optional<Tensor>& bias, const std::optional<Tensor>& mask,
-                     const std::optional<Tensor>& threshold, const std::optional<Tensor>& passed, int64_t first) {
-  SelectArgs args{};
-  args.slab = data<float>(slab);
-  args.bias = data_or_null<float>(bias);
-  args.mask = data_or_null<uint8_t>(mask);
-  args.threshold = data_or_null<float>(threshold);
-  args.threshold_step = threshold && threshold->size(0) > 1 ? 1 : 0;
-  args.passed = data_or_null<int32_t>(passed);
-  args.rows = slab.size(0);
-  args.stride = slab.stride(0);
-  args.columns = static_cast<int>(slab.size(1));
-  args.first = static_cast<int>(first);
-  return args;
 }
 
 }  // namespace
 
-void topk_select(Tensor slab, std::optional<Tensor> bias, std::optional<Tensor> mask, std::optional<Tensor> threshold,
-                 std::optional<Tensor> passed, Tensor keys, Tensor values, Tensor indices, Tensor trims, int64_t first,
-                 bool filled, bool last, int64_t activation) {
-  SelectArgs args = slab_args(slab, bias, mask, threshold, passed, first);
-  args.keys = mutable_data<uint64_t>(keys);
-  args.values = values.mutable_data_ptr();
-  args.indices = mutable_data<int32_t>(indices);
+void topk_select(Tensor slab, std::optional<Tensor> bias, std::optional<Tensor> mask, Tensor keys, Tensor values,
+                 Tensor indices, Tensor trims, int64_t first, bool last, int64_t activation) {
+  SelectArgs args = slab_args(slab, bias, mask, std::nullopt, std::nullopt, first);
+  write_to(args, keys, values, indices, first, last);
   args.trims = mutable_data<int32_t>(trims);
-  args.k = static_cast<int>(values.size(1));
-  args.filled = filled;
-  args.last = last;
-  args.dtype = out_of(values);
-  STD_TORCH_CHECK(args.k <= kLargestSelect, "sae_kernels: k is beyond the buffers of the selection");
-  const bool wide = args.columns % 4 == 0 && first % 4 == 0 && args.stride % 4 == 0 && aligned(16, args.slab) &&
-                    aligned(16, args.bias) && aligned(4, args.mask);
-  if (args.k <= 32) launch_select<SelectTo32>(args, activation, wide, slab);
-  else if (args.k <= 64) launch_select<SelectTo64>(args, activation, wide, slab);
-  else if (args.k <= 128) launch_select<SelectTo128>(args, activation, wide, slab);
-  else launch_select<SelectTo1024>(args, activation, wide, slab);
+  if (args.k <= 32) launch_select<SelectTo32>(args, activation, slab);
+  else if (args.k <= 64) launch_select<SelectTo64>(args, activation, slab);
+  else if (args.k <= 128) launch_select<SelectTo128>(args, activation, slab);
+  else launch_select<SelectTo1024>(args, activation, slab);
 }
 
 void topk_write_keys(Tensor slab, std::optional<Tensor> bias, std::optional<Tensor> mask,

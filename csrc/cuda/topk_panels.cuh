@@ -201,8 +201,6 @@ __global__ void __launch_bounds__(kPanelThreads, 1) topk_encode_panels(const __g
 #endif
 }
 
-struct WarpTeam { static constexpr int kTeam = kWarp; };
-
 struct MergeArgs {
   const uint64_t* keys;  // [rows, n], n from k to kLargestMerge
   void* values;          // [rows, k]

@@ -59,18 +59,17 @@ template <class P> struct BlockBuffer {
   }
 };
 
-// Adds what a row's columns bring; `passed` counts what is above the floor.
-template <class P, int V, int Act, bool Limited>
+// Adds what a row's columns bring.
+template <class P, int V, int Act>
 __device__ __forceinline__ void add_columns(const SelectArgs& a, const float* row, uint32_t bound, int lane,
-                                            BlockBuffer<P>& best, int& passed) {
-  constexpr int kReads = kFlight<V, Limited>;
+                                            BlockBuffer<P>& best) {
+  constexpr int kReads = kFlight<V>;
   over_columns<P::kTeam, V, kReads>(a, row, lane, [&](int start, Pack<float, V>(&read)[kReads]) {
     uint32_t order[kReads][V];
     bool passes[kReads] = {}, any = false;
 #pragma unroll
     for (int r = 0; r < kReads; ++r) {
-      to_orders<V, Act, Limited>(a, start + (r * P::kTeam + lane) * V, read[r], order[r]);
-      if constexpr (Limited) passed += above_floor<V, Act>(order[r]);
+      to_orders<V, Act>(a, start + (r * P::kTeam + lane) * V, read[r], order[r]);
 #pragma unroll
       for (int i = 0; i < V; ++i) passes[r] |= order[r][i] > bound;
       any |= passes[r];
@@ -87,7 +86,7 @@ __device__ __forceinline__ void add_columns(const SelectArgs& a, const float* ro
 
 // What a warp has kept of its row, as entries of topk_keys.cuh: entry i of lane l stands at 32 i + l, so that no lane
 // has to ask another where to put one.
-template <class P, int Act, bool Limited> struct WarpBuffer {
+template <class P, int Act> struct WarpBuffer {
   static constexpr int kLaneEntries = P::kCapacity / kWarp, kStep = kWarp * int(sizeof(uint64_t));
   const SelectArgs& a;
   uint64_t* entries;
@@ -100,7 +99,7 @@ template <class P, int Act, bool Limited> struct WarpBuffer {
   __device__ __forceinline__ uint64_t operator()(uint64_t entry) const {
     const float pre = __uint_as_float(uint32_t(entry >> 32));
     const int latent = latent_in(entry);
-    const bool competes = Limited || !a.mask || a.mask[latent];
+    const bool competes = !a.mask || a.mask[latent];
     return key_of(competes ? order_of<Act>(pre) : kMasked, latent, pre < 0);
   }
   __device__ __forceinline__ void raise_to(uint32_t order) {
@@ -176,11 +175,10 @@ template <class P, int Act, bool Limited> struct WarpBuffer {
 // A pre-activation of the lowest score.
 template <int Act> constexpr float kLowest = Act == kNone ? -__builtin_huge_valf() : 0.0f;
 
-// The same for a warp; what a limit or a mask leaves out comes as the lowest score, or not at all.
-template <bool Masked, class P, int V, int Act, bool Limited>
-__device__ __forceinline__ void add_columns(const SelectArgs& a, const float* row, WarpBuffer<P, Act, Limited>& best,
-                                            int& passed) {
-  constexpr int kReads = kFlight<V, Limited>;
+// The same for a warp; what a mask leaves out comes as the lowest score, or not at all.
+template <bool Masked, class P, int V, int Act>
+__device__ __forceinline__ void add_columns(const SelectArgs& a, const float* row, WarpBuffer<P, Act>& best) {
+  constexpr int kReads = kFlight<V>;
   const int lane = threadIdx.x % kWarp;
   over_columns<kWarp, V, kReads>(a, row, lane, [&](int start, Pack<float, V>(&read)[kReads]) {
     unsigned out[kReads] = {};
@@ -189,15 +187,7 @@ __device__ __forceinline__ void add_columns(const SelectArgs& a, const float* ro
       const int column = start + (r * kWarp + lane) * V;
       const int latent = a.first + (column < a.columns ? column : 0);
       float(&pre)[V] = read[r].at;
-      if constexpr (Limited) {
-        uint32_t order[V];
-        to_orders<V, Act, true>(a, column, read[r], order);
-        passed += above_floor<V, Act>(order);
-#pragma unroll
-        for (int i = 0; i < V; ++i) pre[i] = order[i] > kFloor<Act> ? pre[i] : kLowest<Act>;
-      } else if (a.bias) {
-        add_pack<V>(pre, a.bias + latent);
-      }
+      if (a.bias) add_pack<V>(pre, a.bias + latent);
       if constexpr (Masked) {
         const Pack<uint8_t, V> mask = load_pack<V>(a.mask + latent);
 #pragma unroll
@@ -211,19 +201,14 @@ __device__ __forceinline__ void add_columns(const SelectArgs& a, const float* ro
   });
 }
 
-template <class P, int V, int Act, bool Limited>
+template <class P, int V, int Act>
 __device__ void select_best_of_warp(const SelectArgs& a, const float* row, int64_t number, uint64_t* entries) {
   const int lane = threadIdx.x % kWarp;
-  WarpBuffer<P, Act, Limited> best{a, entries};
+  WarpBuffer<P, Act> best{a, entries};
   if (a.filled) best.refill(a.keys + number * a.k);
-  else best.raise_to(group_bound<P, V, Act, Limited>(a, row, lane, nullptr));
-  int passed = 0;
-  if (!Limited && a.mask) add_columns<!Limited, P, V, Act, Limited>(a, row, best, passed);
-  else add_columns<false, P, V, Act, Limited>(a, row, best, passed);
-  if constexpr (Limited) {
-    passed = __reduce_add_sync(kAllLanes, passed);
-    if (lane == 0) a.passed[number] += passed;
-  }
+  else best.raise_to(group_bound<P, V, Act>(a, row, lane, nullptr));
+  if (a.mask) add_columns<true, P, V, Act>(a, row, best);
+  else add_columns<false, P, V, Act>(a, row, best);
   if (best.trimmed && lane == 0) atomicAdd(a.trims, 1);
   const bool more = __reduce_add_sync(kAllLanes, best.used) > a.k * best.kStep;
   if (a.filled && !more && !best.trimmed && !a.last) return;  // as before
@@ -239,7 +224,7 @@ __device__ void select_best_of_warp(const SelectArgs& a, const float* row, int64
   }
 }
 
-template <class P, int V, int Act, bool Limited>
+template <class P, int V, int Act>
 __device__ void select_best_of_block(const SelectArgs& a, const float* row, int64_t number, uint64_t* keys) {
   __shared__ int count;
   __shared__ int partial[P::kTeam / kWarp];
@@ -249,15 +234,10 @@ __device__ void select_best_of_block(const SelectArgs& a, const float* row, int6
   if (a.filled) {
     bound = best.refill(a, a.keys + number * a.k, lane);
   } else {
-    bound = group_bound<P, V, Act, Limited>(a, row, lane, partial);
+    bound = group_bound<P, V, Act>(a, row, lane, partial);
     best.set_count(0, lane);
   }
-  int passed = 0;
-  add_columns<P, V, Act, Limited>(a, row, bound, lane, best, passed);
-  if constexpr (Limited) {
-    passed = team_count<P>(passed, partial);
-    if (lane == 0) a.passed[number] += passed;
-  }
+  add_columns<P, V, Act>(a, row, bound, lane, best);
   if (best.trimmed && lane == 0) atomicAdd(a.trims, 1);
   if (a.filled && best.count <= a.k && !best.trimmed && !a.last) return;  // as before
   sort_descending<P>(keys, best.count, a.k, lane);
@@ -269,37 +249,35 @@ __device__ void select_best_of_block(const SelectArgs& a, const float* row, int6
   }
 }
 
-template <class P, int V, int Act, bool Limited> __device__ void select_best(const SelectArgs& a) {
+template <class P, int V, int Act> __global__ void __launch_bounds__(P::kThreads, 2) select_rows(SelectArgs a) {
   __shared__ uint64_t buffers[P::kRows * P::kCapacity];
   const int slot = threadIdx.x / P::kTeam;
   const int64_t number = int64_t(blockIdx.x) * P::kRows + slot;
   if (number >= a.rows) return;  // a whole warp, and no barrier of the block follows where it has several rows
   const float* row = a.slab + number * a.stride;
   uint64_t* buffer = buffers + slot * P::kCapacity;
-  if constexpr (P::kTeam == kWarp) select_best_of_warp<P, V, Act, Limited>(a, row, number, buffer);
-  else select_best_of_block<P, V, Act, Limited>(a, row, number, buffer);
-}
-
-template <class P, int V, int Act> __global__ void __launch_bounds__(P::kThreads, 2) select_rows(SelectArgs a) {
-  select_best<P, V, Act, false>(a);
-}
-// With thresholds: a block per multiprocessor is enough, or the registers would not do.
-template <class P, int Act> __global__ void __launch_bounds__(P::kThreads, 1) select_limited_rows(SelectArgs a) {
-  select_best<P, 1, Act, true>(a);
+  if constexpr (P::kTeam == kWarp) select_best_of_warp<P, V, Act>(a, row, number, buffer);
+  else select_best_of_block<P, V, Act>(a, row, number, buffer);
 }
 
 // For a k beyond the buffers: the keys of whole rows, to be sorted elsewhere, and the way back.
 constexpr int kElementThreads = 256;
 
+// Limited: what does not pass its threshold or the mask becomes the lowest score there is, and fills up.
 template <int Act, bool Limited> __global__ void __launch_bounds__(kElementThreads) write_keys(SelectArgs a) {
   const int column = blockIdx.x * kElementThreads + threadIdx.x;
   if (column >= a.columns) return;
   for (int64_t row = blockIdx.y; row < a.rows; row += gridDim.y) {
     Pack<float, 1> read = read_slab<1>(a, a.slab + row * a.stride, column);
     uint32_t order[1];
-    to_orders<1, Act, Limited>(a, column, read, order);
+    to_orders<1, Act>(a, column, read, order);
+    if constexpr (Limited) {
+      const float score = Act == kAbs ? fabsf(read.at[0]) : read.at[0];
+      const bool passes = order[0] != kMasked && !(score <= a.threshold[int64_t(column) * a.threshold_step]);
+      if (passes) atomicAdd(a.passed + row, 1);
+      else order[0] = kFloor<Act>;
+    }
     a.keys[row * a.columns + column] = key_of(order[0], a.first + column, read.at[0] < 0) ^ kFlip;
-    if (Limited && above_floor<1, Act>(order)) atomicAdd(a.passed + row, 1);
   }
 }
 

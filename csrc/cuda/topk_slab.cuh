@@ -10,9 +10,7 @@ struct SelectArgs {
   const float* slab;    // [rows, columns], `stride` elements from row to row: latents first, first + 1, ...
   const float* bias;    // of all latents, or null
   const uint8_t* mask;  // of all latents, or null: 0 does not compete
-  // Where Limited. A score at or below its threshold, or out of the mask, becomes the lowest there is:
-  // such latents fill up, the lowest first.
-  const float* threshold;  // of all latents, or with threshold_step 0 one for all
+  const float* threshold;  // of all latents, or with threshold_step 0 one for all; or null
   int32_t* passed;         // [rows] adds up how many are above their threshold
   uint64_t* keys;       // [rows, k] the best so far; read where `filled`, written unless `last`
   void* values;         // [rows, k]
@@ -35,7 +33,7 @@ template <int V> __device__ __forceinline__ void add_pack(float (&to)[V], const 
   for (int i = 0; i < V; ++i) to[i] += pack.at[i];
 }
 // Their orders, 0 beyond the last column; pre becomes complete.
-template <int V, int Act, bool Limited>
+template <int V, int Act>
 __device__ __forceinline__ void to_orders(const SelectArgs& a, int column, Pack<float, V>& read, uint32_t (&order)[V]) {
   const bool inside = column < a.columns;
   const int latent = a.first + (inside ? column : 0);
@@ -43,17 +41,10 @@ __device__ __forceinline__ void to_orders(const SelectArgs& a, int column, Pack<
   if (a.bias) add_pack<V>(pre, a.bias + latent);
 #pragma unroll
   for (int i = 0; i < V; ++i) order[i] = order_of<Act>(pre[i]);
-  if constexpr (Limited) {
-#pragma unroll
-    for (int i = 0; i < V; ++i) {
-      const bool fails = (Act == kAbs ? fabsf(pre[i]) : pre[i]) <= a.threshold[int64_t(latent + i) * a.threshold_step];
-      order[i] = fails ? kFloor<Act> : order[i];
-    }
-  }
   if (a.mask) {
     const Pack<uint8_t, V> mask = load_pack<V>(a.mask + latent);
 #pragma unroll
-    for (int i = 0; i < V; ++i) order[i] = mask.at[i] ? order[i] : Limited ? kFloor<Act> : kMasked;
+    for (int i = 0; i < V; ++i) order[i] = mask.at[i] ? order[i] : kMasked;
   }
 #pragma unroll
   for (int i = 0; i < V; ++i) order[i] = inside ? order[i] : 0;
@@ -77,13 +68,6 @@ __device__ __forceinline__ void over_columns(const SelectArgs& a, const float* r
   }
 }
 
-template <int V, int Act> __device__ __forceinline__ int above_floor(const uint32_t (&order)[V]) {
-  int count = 0;
-#pragma unroll
-  for (int i = 0; i < V; ++i) count += order[i] > kFloor<Act>;
-  return count;
-}
-
 // kTeam threads serve a row, kRows rows a block; kGroups maxima per thread; a buffer of kCapacity keys per row.
 template <int Team_, int Rows_, int Groups_, int Capacity_> struct SelectPlan {
   static constexpr int kTeam = Team_, kRows = Rows_, kGroups = Groups_, kCapacity = Capacity_;
@@ -100,9 +84,6 @@ template <class P> __device__ __forceinline__ void team_sync() {
   if (P::kTeam == kWarp) __syncwarp();
   else __syncthreads();
 }
-template <class P> __device__ __forceinline__ bool team_any(bool x) {
-  return P::kTeam == kWarp ? __any_sync(kAllLanes, x) : __syncthreads_or(x);
-}
 template <class P> __device__ __forceinline__ int team_count(int x, int* partial) {
   const int warp = __reduce_add_sync(kAllLanes, x);
   if (P::kTeam == kWarp) return warp;
@@ -113,6 +94,8 @@ template <class P> __device__ __forceinline__ int team_count(int x, int* partial
   __syncthreads();
   return total;
 }
+
+struct WarpTeam { static constexpr int kTeam = kWarp; };
 
 // Bitonic, in shared memory: what stands from `count` to the next power of two at or above max(count, least) becomes 0.
 template <class P> __device__ void sort_descending(uint64_t* keys, int count, int least, int lane) {
@@ -132,20 +115,20 @@ template <class P> __device__ void sort_descending(uint64_t* keys, int count, in
 }
 
 // Reads of V in flight per thread.
-template <int V, bool Limited> constexpr int kFlight = V > 1 && !Limited ? 4 : 1;
+template <int V> constexpr int kFlight = V > 1 ? 4 : 1;
 
 // A bound that at least k orders of the row pass: one less than the k-th largest group maximum, its lowest byte left
 // out.
-template <class P, int V, int Act, bool Limited>
+template <class P, int V, int Act>
 __device__ uint32_t group_bound(const SelectArgs& a, const float* row, int lane, int* partial) {
-  constexpr int kReads = P::kGroups > V ? P::kGroups / V : 1, kFew = kFlight<V, Limited>;
+  constexpr int kReads = P::kGroups > V ? P::kGroups / V : 1, kFew = kFlight<V>;
   constexpr int kAtOnce = kReads > kFew ? kReads : kFew;
   uint32_t best[kReads * V] = {};
   over_columns<P::kTeam, V, kAtOnce>(a, row, lane, [&](int start, Pack<float, V>(&read)[kAtOnce]) {
 #pragma unroll
     for (int r = 0; r < kAtOnce; ++r) {
       uint32_t order[V];
-      to_orders<V, Act, Limited>(a, start + (r * P::kTeam + lane) * V, read[r], order);
+      to_orders<V, Act>(a, start + (r * P::kTeam + lane) * V, read[r], order);
 #pragma unroll
       for (int i = 0; i < V; ++i) best[r % kReads * V + i] = max(best[r % kReads * V + i], order[i]);
     }

@@ -1,6 +1,6 @@
 """topk_encode in CUDA C++: the kernel of csrc/cuda/topk_fused.cuh, which writes no pre-activations, where the shape
-lets it; else those of topk_select.cuh, around products in slabs that stay in L2. Where tuning.LongPlan says so, that of
-topk_panels.cuh takes long rows without a slab.
+lets it; else that of topk_select.cuh, or with thresholds threshold_select.cuh, around products in slabs that stay in
+L2. Where tuning.LongPlan says so, that of topk_panels.cuh takes long rows without a slab.
 """
 
 from functools import cache
@@ -17,8 +17,12 @@ _NONE, _ABS = 1, 2
 
 _lib = torch.library.Library("sae_kernels", "FRAGMENT")
 _lib.define(
-    "cuda_topk_select(Tensor slab, Tensor? bias, Tensor? mask, Tensor? threshold, Tensor(e!)? passed, Tensor(a!) keys,"
-    " Tensor(b!) values, Tensor(c!) indices, Tensor(d!) trims, int first, bool filled, bool last, int activation) -> ()"
+    "cuda_topk_select(Tensor slab, Tensor? bias, Tensor? mask, Tensor(a!) keys, Tensor(b!) values, Tensor(c!) indices,"
+    " Tensor(d!) trims, int first, bool last, int activation) -> ()"
+)
+_lib.define(
+    "cuda_threshold_select(Tensor slab, Tensor? bias, Tensor? mask, Tensor threshold, Tensor(d!) passed,"
+    " Tensor(a!) keys, Tensor(b!) values, Tensor(c!) indices, int first, bool last, int activation) -> ()"
 )
 _lib.define(
     "cuda_topk_write_keys(Tensor slab, Tensor? bias, Tensor? mask, Tensor? threshold, Tensor(b!)? passed,"
@@ -58,8 +62,9 @@ def choose(
     threshold: Tensor | None = None, passed: Tensor | None = None, needed: Tensor | None = None,
     trims: Tensor | None = None,
 ) -> None:  # fmt: skip
-    """Fills values and indices [N, k]. threshold [1] or [d_sae] float32, passed [N] int32 of zeros: as in SelectArgs of
-    topk_slab.cuh. needed [1] int32, of the fused kernel alone: where it is 0 nothing is done.
+    """Fills values and indices [N, k]; with threshold [1] or [d_sae] float32, those of what is above it, and adds to
+    passed [N] int32, of zeros, how many they are. needed [1] int32, of the fused kernel alone: where it is 0
+    nothing is done.
     """
     if x.shape[0] == 0:
         return
@@ -82,7 +87,8 @@ def choose(
     elif k > LARGEST_SELECT:
         _by_sorting(x, W, screen, passed, k, activation, values, indices)
     else:
-        trims = x.new_zeros(1, dtype=torch.int32) if trims is None else trims
+        if trims is None and limit is None:
+            trims = x.new_zeros(1, dtype=torch.int32)
         _by_slabs(x, W, screen, passed, k, activation, values, indices, trims)
 
 
@@ -228,20 +234,23 @@ def _lines(bias: Tensor | None, d_sae: int, padded: int, x: Tensor, beyond: floa
 
 
 def _by_slabs(x, W, screen, passed, k, activation, values, indices, trims) -> None:
-    d_sae = W.shape[0]
+    d_sae, (bias, mask, limit) = W.shape[0], screen
     nbytes = tuning.long_plan(x.shape[1], x.element_size()).nbytes
     rows, columns = tuning.slab_shape(x.shape[0], d_sae, nbytes)
     space = x.new_empty(rows * columns, dtype=torch.float32)
     keys = x.new_empty(rows if columns < d_sae else 0, k, dtype=torch.int64)
     for top in range(0, x.shape[0], rows):
         here = slice(top, top + rows)
-        part, counts = x[here], None if passed is None else passed[here]
+        part, found = x[here], (keys, values[here], indices[here])
         for first in range(0, d_sae, columns):
             W_part = W[first : first + columns]
             slab = space[: part.shape[0] * W_part.shape[0]].view(part.shape[0], W_part.shape[0])
             product(part, W_part, slab)
-            where = (counts, keys, values[here], indices[here], trims)
-            _ops.cuda_topk_select(slab, *screen, *where, first, first > 0, first + columns >= d_sae, activation)
+            chunk = (first, first + columns >= d_sae, activation)
+            if limit is None:
+                _ops.cuda_topk_select(slab, bias, mask, *found, trims, *chunk)
+            else:
+                _ops.cuda_threshold_select(slab, bias, mask, limit, passed[here], *found, *chunk)
 
 
 def _by_sorting(x, W, screen, passed, k, activation, values, indices) -> None:
@@ -277,5 +286,5 @@ def topk(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     if scores.shape[0] > 0:
         none = scores.new_empty(0, k, dtype=torch.int64)
         trims = scores.new_zeros(1, dtype=torch.int32)
-        _ops.cuda_topk_select(scores, *[None] * 4, none, values, indices, trims, 0, False, True, _NONE)
+        _ops.cuda_topk_select(scores, None, None, none, values, indices, trims, 0, True, _NONE)
     return values, indices

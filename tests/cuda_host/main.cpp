@@ -11,6 +11,7 @@ namespace {  // of this file alone: AddressSanitizer then guards the arrays that
 #include "cuda/activation_stats.cuh"
 #include "cuda/batch_keep.cuh"
 #include "cuda/latent_sums.cuh"
+#include "cuda/threshold_select.cuh"
 #include "cuda/topk_fused.cuh"
 #include "cuda/topk_panels.cuh"
 #include "cuda/topk_select.cuh"
@@ -30,9 +31,8 @@ template <class T> std::vector<T> numbers(size_t n, int low, int high) {
 template <class P, int V> void select(int rows, int columns, int k, int top) {
   std::vector<float> slab = numbers<float>(rows * columns, 0, top), bias(2 * columns), values(rows * k);
   std::vector<uint8_t> mask = numbers<uint8_t>(2 * columns, 0, 9);
-  std::vector<float> threshold = numbers<float>(2 * columns, 0, top);
   std::vector<uint64_t> keys(rows * k);
-  std::vector<int32_t> indices(rows * k), trims(1), passed(rows);
+  std::vector<int32_t> indices(rows * k), trims(1);
   SelectArgs args{};
   args.slab = slab.data(), args.bias = bias.data(), args.mask = mask.data(), args.keys = keys.data();
   args.values = values.data(), args.indices = indices.data(), args.trims = trims.data();
@@ -41,8 +41,25 @@ template <class P, int V> void select(int rows, int columns, int k, int top) {
   cuda_host::run(select_rows<P, V, kAbs>, grid, P::kThreads, args);
   args.first = columns, args.filled = args.last = 1;
   cuda_host::run(select_rows<P, V, kRelu>, grid, P::kThreads, args);
-  args.threshold = threshold.data(), args.threshold_step = 1, args.passed = passed.data();
-  cuda_host::run(select_limited_rows<P, kRelu>, grid, P::kThreads, args);
+}
+
+// Two chunks of latents; the scores from 1 to `top` pass in part, and more often than the buffer holds, or seldom.
+template <int V> void pass(int rows, int columns, int k, int top, float threshold) {
+  using P = ThresholdPlan<2, 256>;
+  std::vector<float> slab = numbers<float>(rows * columns, 1, top), bias(2 * columns), values(rows * k);
+  std::vector<float> thresholds(2 * columns, threshold);
+  std::vector<uint8_t> mask = numbers<uint8_t>(2 * columns, 0, 9);
+  std::vector<uint64_t> keys(rows * k);
+  std::vector<int32_t> indices(rows * k), passed(rows);
+  SelectArgs args{};
+  args.slab = slab.data(), args.bias = bias.data(), args.keys = keys.data(), args.mask = mask.data();
+  args.values = values.data(), args.indices = indices.data(), args.passed = passed.data();
+  args.threshold = thresholds.data(), args.threshold_step = 1;
+  args.rows = rows, args.stride = args.columns = columns, args.k = k;
+  const dim3 grid(ceil_div(rows, P::kRows));
+  cuda_host::run(select_passing<P, V, false>, grid, P::kThreads, args);
+  args.first = columns, args.filled = args.last = 1;
+  cuda_host::run(select_passing<P, V, true>, grid, P::kThreads, args);
 }
 
 // More tiles than stages, a last block that is not full; scores from few different ones: buffers fill up and are cut.
@@ -206,6 +223,8 @@ int main() {
   select<SelectPlan<32, 2, 8, 256>, 1>(2, 611, 40, 1);
   encode_fused<1, false>(3, 16, 512, 20, 2);
   encode_fused<2, true>(2, 72, 800, 40, 0);
+  pass<4>(3, 400, 40, 2, 0.0f);
+  pass<1>(3, 401, 60, 50, 48.0f);
   sort_whole_rows();
   keep_of_batch(11, 40, 150);
   encode_panels(3, 72, 600, 20, 2);
