@@ -365,6 +365,9 @@ def test_command_line(tmp_path, capsys, monkeypatch):
     assert main(["bench", "--case", "nope"]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "choose from" in error and "collaborative" in error
+    assert main(["bench", "--scaling", "--op", "decode", "--base", "HEAD"]) == 2
+    assert "takes no --op or --base" in capsys.readouterr().err
+    assert main(["bench", "--scaling", "--device", "tpu"]) == 2 and "choose from cpu" in capsys.readouterr().err
     assert main(["bench", "--op", "decode", "--case", "tiny", "--provider", "sae_kernels", "--out", str(tmp_path)]) == 0
     out = capsys.readouterr().out
     assert "losses" in out and len(list(tmp_path.glob("*/sparse_decode.csv"))) == 1

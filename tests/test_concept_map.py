@@ -175,6 +175,9 @@ def test_concept_map_baselines_and_table():
     blank = interpret.untrained(sae)
     assert not torch.equal(blank.W_enc, sae.W_enc) and torch.equal(blank.W_enc, interpret.untrained(sae).W_enc)
     assert not torch.equal(blank.W_enc, interpret.untrained(sae, 1).W_enc)
+    sae.refit = 3
+    assert blank.refit == 0 and interpret.untrained(sae).refit == 3
+    sae.refit = 0
     summary = found.summary()
     assert summary["mean_auc"] == pytest.approx(float(auc["sae"].mean()))
     gain = (float(auc["sae"].mean()) - 0.5) / (float(auc["raw"].mean()) - 0.5)

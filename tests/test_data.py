@@ -48,8 +48,17 @@ def test_views_of_the_same_rows(histories):
     assert torch.equal(Histories.one_item_each(4).batch(), torch.eye(4))
 
 
+def test_repeats():
+    histories = Histories.from_lists([[2, 0, 2, 2], [], [0], [1, 1]], 4)
+    assert lists_of(histories.distinct()) == [[2, 0], [], [0], [1]]
+    assert histories.users_per_item().tolist() == [2, 1, 1, 0]
+    once = Histories.from_lists([[2, 0], [0]], 3)
+    assert once.distinct() is once
+
+
 def test_no_rows(histories):
     none = histories.select(torch.zeros(0, dtype=torch.int64))
+    assert len(none.distinct()) == 0 and none.users_per_item().sum() == 0
     assert len(none) == 0 and none.batch().shape == (0, 6) and none.padded(length=3).shape == (0, 3)
     assert len(Histories.from_lists([], 3)) == 0
 

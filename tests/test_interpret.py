@@ -77,6 +77,23 @@ def test_hand_numbers():
     assert got.correlation[0, 3] == 0
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_latent_of_one_value_correlates_with_nothing(dtype):
+    """In float64 its mean rounds: what that leaves is no spread. One that is silent once, or varies a little, does."""
+    y = (torch.arange(13) % 3 == 0).unsqueeze(1)
+    values = torch.full((13, 2), 0.3, dtype=dtype)
+    values[5, 1] = 0
+    got = interpret.concept_scores(values, torch.tensor([0, 1]).expand(13, 2), 3, y).correlation[0]
+    assert got[0] == got[2] == 0 and got[1] == pytest.approx(
+        float(torch.corrcoef(torch.stack([values[:, 1], y[:, 0]]))[0, 1]), abs=1e-6
+    )
+    nearly = 1 + 1e-9 * torch.arange(13, dtype=torch.float64).unsqueeze(1)
+    got = interpret.concept_scores(nearly, torch.zeros(13, 1, dtype=torch.int64), 1, y).correlation
+    assert float(got) == pytest.approx(
+        float(torch.corrcoef(torch.stack([torch.arange(13.0), y[:, 0]]))[0, 1]), abs=1e-5
+    )
+
+
 def test_empty_and_one_sided_concepts():
     values, indices, labels = case(30)
     labels[:, 0], labels[:, 1] = False, True

@@ -67,6 +67,8 @@ def test_latent_table():
     assert [by_latent[f]["concept"] for f in range(4)] == ["art", "birds", "cars", "dance"]
     assert interpret.latent_table(found, titles, min_auc=2.0)[0]["name"] is None
     assert interpret.latent_table(found)[0]["examples"][0][0] == rows[0]["examples"][0][0].removeprefix("item ")
+    without = interpret.latent_table(interpret.concept_map(x, sae, concepts, resamples=0, examples=0), titles)
+    assert without == [{**row, "examples": []} for row in rows]
     concepts_rows = interpret.concept_selectivity(found)
     assert [r["decrease"] for r in concepts_rows] == sorted((r["decrease"] for r in concepts_rows), reverse=True)
     assert len(concepts_rows) == 4

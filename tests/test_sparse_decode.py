@@ -216,3 +216,17 @@ def test_columns_in_slices(isa, dtype):
     assert torch.equal(error.residual, got)
     exact = reference.sparse_decode(values[few].double(), indices[few], W.double(), b.double())
     torch.testing.assert_close(error.errors[few].double(), exact.square().sum(-1), rtol=1e-5, atol=0)
+
+
+def test_rows_without_entries():
+    """k = 0 decodes to the bias alone, whatever stands before it; all gradients are zeros."""
+    W, b = torch.randn(4, 5, requires_grad=True), torch.randn(5, requires_grad=True)
+    for shape in ((0,), (3, 0), (2, 3, 0)):
+        values, indices = torch.zeros(shape, requires_grad=True), torch.zeros(shape, dtype=torch.int32)
+        got = sk.sparse_decode(values, indices, W, b)
+        assert torch.equal(got, b.expand(*shape[:-1], 5))
+        x = torch.randn(*shape[:-1], 5)
+        loss = sk.sae_loss(x, values, indices, W, b).errors
+        torch.testing.assert_close(loss, (x - b).square().sum(-1))
+        grads = torch.autograd.grad(got.sum() + loss.sum(), (values, W))
+        assert grads[0].shape == shape and not grads[1].any()

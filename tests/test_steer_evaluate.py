@@ -7,12 +7,13 @@ import pytest
 import torch
 from test_steer_serve import kinds, world
 
-from sae_kernels import steer
+from sae_kernels import TopKSAE, steer
 from sae_kernels.data import Concepts
 from sae_kernels.data.histories import Histories
 from sae_kernels.eval.lists import list_figures, means_and_errors
 from sae_kernels.eval.ranking import top_k
 from sae_kernels.eval.resample import resample_weights
+from sae_kernels.recommenders import ELSA
 from sae_kernels.steer import plots
 
 K, N = 4, 12
@@ -83,6 +84,11 @@ def test_means_errors_coverage_and_gini():
     spread = torch.tensor([gini(torch.bincount(top[r][top[r] >= 0], minlength=N).tolist()) for r in drawn])
     assert errors["gini"] == pytest.approx(float(spread.std()), rel=1e-5)
     assert math.isnan(means_and_errors(per_user, top, N, resamples=0)[1]["ndcg"])
+    few = torch.full((len(top),), torch.nan, dtype=torch.float64)
+    few[0], few[1] = 1, 3  # no user of some resamples has the figure
+    again = torch.stack([few[rows].nanmean() for rows in drawn])
+    assert again.isnan().any()
+    assert means_and_errors({"x": few}, top, N, 40, 3)[1]["x"] == pytest.approx(float(again[~again.isnan()].std()))
     same = torch.zeros(5, 1, dtype=torch.int64)
     assert means_and_errors({"x": torch.ones(5)}, same, 10, 0)[0] == {
         "x": 1,
@@ -177,6 +183,23 @@ def test_methods_by_latents_against_the_edits(name, strength):
             pairs.append((near_liked, steer.mix_liked(chosen, strength, sae, items, weight)))
         for lists, edit in pairs:
             assert torch.equal(lists(strength)[rows], ranker.rank(users.select(rows), 5, edit)[0])
+
+
+@torch.no_grad()
+def test_reranking_in_full_keeps_the_models_own_order():
+    """Of all items, and of two, before the others; whatever the precision of the scores."""
+    g = torch.Generator().manual_seed(0)
+    model, sae = ELSA(3000, 16), TopKSAE(16, 32, 4, generator=g)
+    model.encoder.weight.copy_(torch.randn(3000, 16, generator=g))
+    ranker = steer.SteeredRanker(model, sae, error_term=True)
+    users = ranker.encode(Histories.from_lists([[u, 7] for u in range(100)], 3000))
+    plain = ranker.rank(users, 20)[0]
+    every = steer.one_goal(torch.ones(3000, dtype=torch.bool), 100, 3000)
+    assert torch.equal(steer.rerank_lists(ranker, users, every, 20)(1.0), plain)
+    two = steer.rerank_lists(ranker, users, steer.one_goal([7, 2999], 100, 3000), 20)(1.0)
+    assert (two[:, 0] == 2999).all()  # all have 7
+    kept = plain[~(plain == 2999).any(1)]
+    assert torch.equal(two[~(plain == 2999).any(1), 1:], kept[:, :19])
 
 
 def test_methods_say_what_is_wrong():

@@ -158,6 +158,8 @@ def test_cohens_d():
     expected = (a.mean(0) - b.mean(0)) / pooled
     torch.testing.assert_close(got[[0, 1, 2, 5]], expected[[0, 1, 2, 5]], rtol=1e-10, atol=0)
     assert got[3] == 0 and got[4] == math.inf
+    same = torch.linspace(0.1, 2, 50).double()  # constants whose means round differently over 3 rows and over 7
+    assert (steer.cohens_d(stats_of(same.repeat(3, 1)), stats_of(same.repeat(7, 1))) == 0).all()
     with pytest.raises(ValueError, match="first has 1 rows, expected at least 2"):
         steer.cohens_d(stats_of(a[:1]), stats_of(b))
     with pytest.raises(ValueError, match="d_sae of the two differ: 5 and 6"):
@@ -170,6 +172,8 @@ def test_popularity_latents_find_the_mainstream():
     histories = Histories.from_lists(rows, 30)
     popularity = steer.user_popularity(histories)
     assert popularity[0] == pytest.approx(math.log(17)) and popularity[-1] == pytest.approx(math.log(2))
+    repeats = steer.user_popularity(Histories.from_lists([[0, 0, 0], [1], [1]], 2))
+    assert repeats.exp().tolist() == pytest.approx([2, 3, 3])
     indices = torch.tensor([[2]] * 40 + [[5]] * 10)
     values = torch.rand(50, 1, generator=torch.Generator().manual_seed(1)) + 1
     d = steer.popularity_latents(SparseCode(values, indices, 8), histories)
@@ -193,6 +197,8 @@ def test_group_code():
     some = steer.group_code(code, "common", at_least=2 / 3)
     assert some.to_dense()[0].tolist() == pytest.approx([7 / 3, 0, 0, 0, 1, 0, 0, 0])
     assert some.offset.item() == 3 and some.scale.item() == 2 and some.indices.dtype == torch.int32
+    signed = SparseCode(torch.tensor([[-1.0, -2], [-3.0, 2]]), torch.tensor([[0, 1], [1, 2]]), 4)
+    assert torch.equal(steer.group_code(signed, "max").to_dense()[0], signed.to_dense().amax(0))
     one = SparseCode(values[:1], indices[:1], 8)
     for how in ("average", "max", "common"):
         assert torch.equal(steer.group_code(one, how).to_dense(), one.to_dense())
@@ -248,6 +254,10 @@ def test_calibration_brings_the_lists_to_the_shares():
     one = steer.calibrated(ranker, users, [[0], [1], [2]], shares, 10, alpha=0.95, top=1)
     assert torch.equal(one[told], ranker.rank(users, 10, steer.mix([0], 0.95))[0][told])
     assert torch.equal(steer.calibrated(ranker, users, [[0]], shares[:, :1] * 0, 10), plain)
+    first_of_equal = steer.calibrated(ranker, users, [[2], [0], [1]], torch.ones(20, 3), 10, alpha=0.95, top=1)
+    assert torch.equal(first_of_equal, ranker.rank(users, 10, steer.mix([2], 0.95))[0])
+    with pytest.raises(ValueError, match="top must be between 1 and"):
+        steer.calibrated(ranker, users, [[0], [1], [2]], shares, 10, top=0)
     with pytest.raises(ValueError, match=r"shares must be \[20 users, 2 concepts\], got \(20, 3\)"):
         steer.calibrated(ranker, users, [[0], [1]], shares, 10)
 

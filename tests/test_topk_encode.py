@@ -345,3 +345,18 @@ def test_bad_input():
     for mask in (torch.ones(29, dtype=torch.bool), torch.ones(30)):
         with pytest.raises(ValueError, match=r"latent_mask must be bool \[30\]"):
             sk.topk_encode(x, W, b, 4, latent_mask=mask)
+
+
+def test_forward_mode_says_that_there_is_none():
+    """Frozen weights or not: a tangent is never dropped in silence."""
+    x, W = torch.randn(3, 5), torch.randn(12, 5)
+    values, indices = sk.topk_encode(x, W, None, 2)
+    for f, at in (
+        (lambda x: sk.topk_encode(x, W, None, 2)[0], x),
+        (lambda x: sk.threshold_encode(x, W, None, 0.1, max_active=3)[0], x),
+        (lambda x: sk.batch_topk_encode(x, W, None, 2)[0], x),
+        (lambda values: sk.sparse_decode(values, indices, W), values),
+        (lambda x: sk.sae_loss(x, values, indices, W).errors, x),
+    ):
+        with pytest.raises(NotImplementedError, match="jvp"):
+            torch.func.jvp(f, (at,), (torch.ones_like(at),))

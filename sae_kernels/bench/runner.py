@@ -49,10 +49,7 @@ def run(
     A KeyboardInterrupt ends the run early and quietly: the rows measured so far are returned.
     """
     plan = list(_plan(ops, cases, full))
-    if device != "cpu" and not (device.startswith("cuda") and torch.cuda.is_available()):
-        raise ValueError(
-            f"device {device!r} is not here; choose from cpu{', cuda' if torch.cuda.is_available() else ''}"
-        )
+    check_device(device)
     chosen = chosen_providers(providers, full, device)
     budget = seconds_per_cell or (4.0 if full else 2.0)
     rows: list[Row] = []
@@ -349,6 +346,14 @@ class Cells:
         return rows
 
 
+def check_device(device: str) -> None:
+    """Raises ValueError where it is not here."""
+    if device != "cpu" and not (device.startswith("cuda") and torch.cuda.is_available()):
+        raise ValueError(
+            f"device {device!r} is not here; choose from cpu{', cuda' if torch.cuda.is_available() else ''}"
+        )
+
+
 def main(options) -> int:
     """What `sae-kernels bench` does with its parsed options."""
     from . import scaling
@@ -363,6 +368,10 @@ def main(options) -> int:
     out = options.out or (FULL_OUT if options.full else QUICK_OUT)
     start = time.perf_counter()
     if options.scaling:
+        given = [f"--{name}" for name in ("op", "case", "provider", "base") if getattr(options, name)]
+        if given:
+            raise ValueError(f"--scaling has operations and sizes of its own and takes no {' or '.join(given)}")
+        check_device(options.device)
         scaling.measure_all(out, device=options.device)
         return 0
     rows = run(

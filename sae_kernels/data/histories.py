@@ -125,6 +125,18 @@ class Histories:
         torch.cumsum(kept, 0, out=counts[1:])
         return Histories(self.flat[kept], counts[self.offsets], self.n_items)
 
+    def distinct(self) -> "Histories":
+        """The same users with every item once, where it first stands."""
+        pairs = self.row_ids() * self.n_items + self.flat
+        ranked, order = pairs.sort(stable=True)
+        kept = torch.ones_like(pairs, dtype=torch.bool)
+        kept[order[1:]] = ranked[1:] != ranked[:-1]
+        return self if bool(kept.all()) else self.filter(kept)
+
+    def users_per_item(self) -> Tensor:
+        """How many users have each item, however often: [n_items] int64."""
+        return torch.bincount(self.distinct().flat, minlength=self.n_items)
+
     def to(self, device: torch.device | str) -> "Histories":
         return Histories(self.flat.to(device), self.offsets.to(device), self.n_items)
 

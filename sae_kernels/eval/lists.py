@@ -55,7 +55,7 @@ def means_and_errors(
 
     coverage: share of the n_items that stand in any list; gini: of how often each stands in one, 0 for all alike, 1 for
     always the same. Errors: standard deviation over bootstrap resamples of the users, the same for every call with one
-    seed; NaN with fewer than two resamples.
+    seed; of those resamples in which any user has the figure; NaN with fewer than two.
     """
     table = torch.stack(list(per_user.values()), 1)
     there = ~table.isnan()
@@ -67,8 +67,14 @@ def means_and_errors(
         torch.stack([*(weights @ table / (weights @ there.double())).unbind(1), *_exposure(top, weights, n_items)], 1)
         for weights in resample_weights(len(top), resamples, seed=seed)
     ]
-    errors = torch.cat(drawn).std(0) if resamples > 1 else torch.full((len(means),), torch.nan)
-    return means, dict(zip(means, errors.tolist(), strict=True))
+    values = torch.cat([torch.empty(0, len(means), dtype=torch.float64), *drawn])
+    return means, {name: _spread(column) for name, column in zip(means, values.unbind(1), strict=True)}
+
+
+def _spread(values: Tensor) -> float:
+    """Standard deviation of what is not NaN; NaN for fewer than two."""
+    there = values[~values.isnan()]
+    return float(there.std()) if len(there) > 1 else torch.nan
 
 
 def _exposure(top: Tensor, weights: Tensor, n_items: int) -> tuple[Tensor, Tensor]:

@@ -135,7 +135,7 @@ def study_steering(
     reported = _Group(concepts, parts, torch.arange(min(users, n - choosers)))
     others = reported if choosers == 0 else _Group(concepts, parts, torch.arange(n - choosers, n))
     methods = _Methods(model, sae, found, told, embedded, concepts)
-    popularity = torch.bincount(parts.train.flat, minlength=parts.data.n_items)
+    popularity = parts.train.users_per_item()
     options = {"strengths": strengths, "embeddings": methods.full.head.items, "popularity": popularity}
     choosing = _choosing(methods, others, options)
     lists = methods.all(reported, _best(choosing))

@@ -222,11 +222,11 @@ def concept_map(
 
 
 def untrained(sae: TopKSAE, seed: int = 0) -> TopKSAE:
-    """A SAE of the same sizes and input normaliser that has learnt nothing: the control for the best of d_sae."""
+    """The SAE as it was before it learnt, with its normaliser and refit: the control for the best of d_sae."""
     generator = torch.Generator(sae.W_enc.device).manual_seed(seed)
     options = {"activation": sae.activation, "device": sae.W_enc.device, "dtype": sae.W_enc.dtype}
     blank = TopKSAE(sae.d_in, sae.d_sae, sae.k, generator=generator, **options)
-    blank.normalizer = copy.deepcopy(sae.normalizer)
+    blank.normalizer, blank.refit = copy.deepcopy(sae.normalizer), sae.refit
     return blank.eval()
 
 

@@ -228,8 +228,17 @@ def _correlation(values: Tensor, indices: Tensor, value_sum: Tensor, n_with: Ten
     share = n_with / rows
     covariance = value_sum - n_with * mean
     norm = (spread * rows * share * (1 - share)).sqrt()
-    correlation = torch.where(norm > 0, covariance / norm, 0.0)
+    varies = (norm > 0) & ~_of_one_value(values, indices, d_sae)
+    correlation = torch.where(varies, covariance / norm, 0.0)
     return correlation.masked_fill((n_with == 0) | (n_with == rows), torch.nan)
+
+
+def _of_one_value(values: Tensor, indices: Tensor, d_sae: int) -> Tensor:
+    """[d_sae] bool: latents that fire in every row at one value; rounding leaves a spread of them that is none."""
+    flat, value = indices.reshape(-1), values.reshape(-1)
+    ends = [value.new_zeros(d_sae).scatter_reduce_(0, flat, value, how, include_self=False) for how in ("amin", "amax")]
+    always = torch.bincount(indices[values != 0], minlength=d_sae) == values.shape[0]
+    return always & (ends[0] == ends[1])
 
 
 def _pair(scores: ConceptScores, names: Sequence[str], concept: int, latent: int) -> ConceptLatent:

@@ -73,6 +73,7 @@ def audience_tiles(columns: SparseCode | Tensor, histories: Histories) -> Iterat
     n_users = len(columns) if isinstance(columns, Tensor) else len(columns.values)
     if n_users != len(histories):
         raise ValueError(f"audience_tiles: {n_users} rows of columns and {len(histories)} users in histories")
+    histories = histories.distinct()
     order = histories.flat.argsort(stable=True)
     users = histories.row_ids()[order]
     counts = torch.bincount(histories.flat, minlength=histories.n_items)

@@ -67,12 +67,15 @@ def latent_table(
     latent, fires (rows), share (of the rows), mean and max (of its values where it fires), name (name_latents with
     min_auc and min_lift, else None), concept and correlation (its best by correlation), auc (its best), entropy,
     divergence and decrease over the concepts (None where it fires on no concept), examples: (title, value) of its top
-    items, each once; ids in place of titles without them.
+    items, each once; ids in place of titles without them; none where the map keeps none.
     """
     _checks.integer("latent_table", "examples", examples, 0, 2**20)
     stats, scores = found.stats, found.scores
-    titles = [str(i) for i in range(int(stats.top_ids.max()) + 1)] if titles is None else titles
-    shown = latent_examples(stats, titles, distinct=examples)
+    if stats.top_ids is None:
+        shown = {latent: [] for latent in (stats.counts > 0).nonzero().squeeze(1).tolist()}
+    else:
+        titles = [str(i) for i in range(int(stats.top_ids.max()) + 1)] if titles is None else titles
+        shown = latent_examples(stats, titles, distinct=examples)
     names = name_latents(scores, found.names, min_auc=min_auc, min_lift=min_lift, min_support=found.min_support)
     over = selectivity(found.mass.T)
     correlation, concept = scores.correlation.max(0)

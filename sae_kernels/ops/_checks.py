@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -33,8 +34,12 @@ def floating(op: str, **tensors: Tensor | None) -> None:
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:
-    """Whether autograd has to see the call. Where it need not, the op is called without its costs."""
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    """Whether autograd has to see the call, if only to say that there is no derivative in forward mode. Where it need
+    not, the op is called without its costs."""
+    given = [t for t in tensors if t is not None]
+    if torch.is_grad_enabled() and any(t.requires_grad for t in given):
+        return True
+    return not torch.compiler.is_compiling() and any(unpack_dual(t).tangent is not None for t in given)
 
 
 def same_device(op: str, first_name: str, first: Tensor, name: str, t: Tensor) -> None:

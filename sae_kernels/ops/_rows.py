@@ -1,4 +1,4 @@
-"""Blocks of rows, so that temporaries stay small."""
+"""Rows of tensors of any number of dimensions, and blocks of them, so that temporaries stay small."""
 
 from collections.abc import Iterator
 
@@ -7,6 +7,13 @@ from torch import Tensor
 
 BLOCK_ELEMENTS = 2**20  # which a CPU's caches hold
 GPU_BLOCK_ELEMENTS = 2**24  # 64 MiB of float32, beside which a launch costs nothing
+
+
+def as_rows(t: Tensor) -> Tensor:
+    """[..., d] -> [N, d], also where d is 0."""
+    if t.dim() == 2:
+        return t
+    return t.unsqueeze(0) if t.dim() == 1 else t.flatten(0, -2)
 
 
 def row_blocks(x: Tensor, elements: int | None = None) -> Iterator[slice]:

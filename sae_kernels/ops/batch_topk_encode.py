@@ -5,6 +5,7 @@ from torch import Tensor
 
 from . import _autocast, _checks, reference
 from ._backend import cuda_or
+from ._rows import as_rows
 from .threshold_encode import counted_backward, save_for_counted_backward, threshold_with
 from .topk_encode import ACTIVATIONS, backends, check_encoder, topk_with
 
@@ -70,7 +71,7 @@ def batch_topk_encode(
         max_active = min(4 * k, W_enc.shape[0])
     _checks.integer("batch_topk_encode", "max_active", max_active, 1, W_enc.shape[0])
     run = _BatchTopKEncode.apply if _checks.needs_grad(x, W_enc, b_enc) else _BatchTopKEncode.forward
-    flat = x.reshape(-1, x.shape[-1])
+    flat = as_rows(x)
     values, indices, counts, threshold = run(
         flat, W_enc, b_enc, k, max_active, activation, latent_mask, backends(x.device)
     )

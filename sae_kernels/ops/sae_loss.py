@@ -9,6 +9,7 @@ from torch import Tensor
 
 from . import _autocast, _checks, reference
 from ._backend import pick, triton_or
+from ._rows import as_rows
 from .sparse_decode import check_code, naming_bad_indices, sparse_decode
 
 _lib = torch.library.Library("sae_kernels", "FRAGMENT")
@@ -90,11 +91,11 @@ def sae_loss(
     check_code("sae_loss", values, indices, W_dec, b_dec)
     _check_x("sae_loss", x, values, W_dec)
     ends = _checked_prefixes("sae_loss", prefixes, values.shape[-1])
-    k, backend = values.shape[-1], pick(x.device)
+    backend = pick(x.device)
     if backend not in _forward and backend != "reference":
         return _shaped(*_from_decode(x, values, indices, W_dec, b_dec, ends), x, prefixes)
     run = _Loss.apply if _checks.needs_grad(x, values, W_dec, b_dec) else _Loss.forward
-    flat = x.reshape(-1, x.shape[-1]), values.reshape(-1, k), indices.reshape(-1, k)
+    flat = as_rows(x), as_rows(values), as_rows(indices)
     errors, residual = run(*flat, W_dec, b_dec, ends, backend)
     return _shaped(errors, residual, x, prefixes)
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from . import _autocast, _checks, reference
 from ._backend import cuda_or, pick, triton_or
+from ._rows import as_rows
 
 _lib = torch.library.Library("sae_kernels", "FRAGMENT")
 for _suffix in ("", "_triton", "_cuda"):
@@ -73,11 +74,8 @@ def sparse_decode(values: Tensor, indices: Tensor, W_dec: Tensor, b_dec: Tensor 
     check_code("sparse_decode", values, indices, W_dec, b_dec)
     run = _SparseDecode.apply if _checks.needs_grad(values, W_dec, b_dec) else _SparseDecode.forward
     chosen = backends(values.device, W_dec.shape[1] * W_dec.element_size())
-    if values.dim() == 2:
-        return run(values, indices, W_dec, b_dec, chosen)
-    k = values.shape[-1]
-    y = run(values.reshape(-1, k), indices.reshape(-1, k), W_dec, b_dec, chosen)
-    return y.reshape(*values.shape[:-1], W_dec.shape[1])
+    y = run(as_rows(values), as_rows(indices), W_dec, b_dec, chosen)
+    return y if values.dim() == 2 else y.reshape(*values.shape[:-1], W_dec.shape[1])
 
 
 def code_products(y: Tensor, indices: Tensor, W_dec: Tensor) -> Tensor:

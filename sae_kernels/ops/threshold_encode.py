@@ -7,6 +7,7 @@ from torch import Tensor
 
 from . import _autocast, _checks, reference
 from ._backend import cuda_or, triton_or
+from ._rows import as_rows
 from .topk_encode import ACTIVATIONS, backends, check_encoder, encoder_grads
 
 _PLAIN_CELLS = 2**20
@@ -69,7 +70,7 @@ def threshold_encode(
     check_encoder("threshold_encode", x, W_enc, b_enc, activation, latent_mask, max_active=max_active)
     limit = _limit(threshold, x, W_enc.shape[0], activation)
     run = _ThresholdEncode.apply if _checks.needs_grad(x, W_enc, b_enc) else _ThresholdEncode.forward
-    flat = x.reshape(-1, x.shape[-1])
+    flat = as_rows(x)
     values, indices, counts = run(flat, W_enc, b_enc, limit, max_active, activation, latent_mask, backends(x.device))
     shape = (*x.shape[:-1], max_active)
     return values.reshape(shape).to(x_dtype), indices.reshape(shape), counts.reshape(shape[:-1])

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from . import _autocast, _checks, reference
 from ._backend import cuda_or, pick, triton_or
+from ._rows import as_rows
 from .sparse_decode import decode_with
 
 ACTIVATIONS = ("relu", "none", "abs")
@@ -74,7 +75,7 @@ def topk_encode(
     x_dtype = x.dtype if isinstance(x, Tensor) else None
     x, b_enc = _autocast.widened(W_enc, x, b_enc)
     check_encoder("topk_encode", x, W_enc, b_enc, activation, latent_mask, k=k)
-    flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    flat = as_rows(x)
     run = _TopKEncode.apply if _checks.needs_grad(x, W_enc, b_enc) else _TopKEncode.forward
     values, indices = run(flat, W_enc, b_enc, k, activation, latent_mask, backends(x.device))
     if x.dim() != 2:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..data.histories import Histories
+from ..ops import _checks
 from .edits import Latents, mix
 from .serve import SteeredRanker, Users
 
@@ -56,14 +57,15 @@ def calibrated(
     latents: those of every concept (`ConceptMap.latents`); shares [n_users, n_concepts] such as concept_shares gives: a
     row of zeros gets the unsteered list. Each concept's own list is steered by mix(latents, alpha); places are given
     out by D'Hondt, and each takes the best item of its concept's list that is not in the list yet (the idea is
-    CALISSTA's). top: only a user's so many largest shares count.
+    CALISSTA's). top: only a user's so many largest shares count, of equal ones the first.
     """
     if shares.shape != (len(users), len(latents)):
         expected = f"[{len(users)} users, {len(latents)} concepts]"
         raise ValueError(f"calibrated: shares must be {expected}, got {tuple(shares.shape)}")
     if top is not None:
-        floor = shares.topk(min(top, shares.shape[1]), dim=1).values[:, -1:]
-        shares = torch.where(shares >= floor, shares, 0)
+        _checks.integer("calibrated", "top", top, 1, 2**31)
+        largest = shares.argsort(dim=1, descending=True, stable=True)[:, :top]
+        shares = torch.zeros_like(shares).scatter_(1, largest, shares.gather(1, largest))
     out = ranker.rank(users, n)[0]
     told = (shares.sum(1) > 0).nonzero().squeeze(1)
     if told.numel() == 0:

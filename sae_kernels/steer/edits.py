@@ -91,8 +91,8 @@ def mix_liked(
 ) -> Edit:
     """mix_near, near being near to favourites(decode(code), items): to what the row would like best of the concept.
 
-    items [n, d_in]: the embeddings of the concept's items in a head that is linear in the SAE's input. Where all score
-    alike, or there are none, every row gets the weights alone.
+    items [n, d_in]: the embeddings of the concept's items in a head that is linear in the SAE's input. A row whose
+    favourites no latent points to gets the weights alone, as all do without items.
     """
     if items.dim() != 2 or items.shape[1] != sae.d_in:
         raise ValueError(f"mix_liked: items must be [n, d_in = {sae.d_in}], got {tuple(items.shape)}")

@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, fields, replace
 
-import torch
 from torch import Tensor, nn
 
 from ..data.histories import Histories
@@ -111,7 +110,7 @@ def compare_steering(
         sizes = f"{len(goals.concept)} goals, {len(histories)} histories and {len(targets)} targets"
         raise ValueError(f"compare_steering: {sizes} must be of the same users")
     if popularity is None:
-        popularity = torch.bincount(histories.flat, minlength=histories.n_items)
+        popularity = histories.users_per_item()
     unseen, rows = goals.unseen(histories), []
     for name, lists_at in methods.items():
         for strength in strengths[name] if isinstance(strengths, Mapping) else strengths:

@@ -24,11 +24,10 @@ class Goals:
 
     def unseen(self, histories: Histories) -> Tensor:
         """Items of the user's concept that are not in the history, [n_users] int64."""
+        histories = histories.distinct()
         owner = histories.row_ids()
-        pairs = (owner * histories.n_items + histories.flat).unique()
-        owner, item = pairs // histories.n_items, pairs % histories.n_items
         seen = torch.zeros(len(histories), dtype=torch.int64)
-        seen.index_add_(0, owner, self.labels[item, self.concept[owner]].long())
+        seen.index_add_(0, owner, self.labels[histories.flat, self.concept[owner]].long())
         return self.labels.sum(0)[self.concept] - seen
 
     def groups(self) -> list[tuple[int, Tensor]]:

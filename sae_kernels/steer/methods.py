@@ -6,12 +6,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from ..data.histories import Histories
 from .edits import SHARPNESS, Latents, favourites, mix, mix_liked, mix_near
 from .evaluate import Lists
 from .goals import Goals
 from .serve import ItemHead, SteeredRanker, Users, rank_unseen
-
-MOST = 1e4  # the bonus of re-ranking at strength 1, in standard deviations of the user's scores
 
 
 def latent_lists(
@@ -103,16 +102,34 @@ def rerank_lists(ranker: SteeredRanker, users: Users, goals: Goals, k: int = 20)
         return variance.clamp(min=0).sqrt().to(query)
 
     def one(part: Users, concept: int, strength: float) -> Tensor:
+        if strength == 1:
+            return _members_first(ranker.head, part, goals.labels[:, concept], k)
         wide[:, -1] = goals.labels[:, concept].to(wide)
-        bonus = MOST if strength == 1 else min(strength / (1 - strength), MOST)
 
         def states(rows: Tensor) -> Tensor:
             query = part.x[rows] if ranker.head.query is None else ranker.head.query(part.x[rows])
-            return torch.cat([query, bonus * spread(query).unsqueeze(1)], 1)
+            return torch.cat([query, strength / (1 - strength) * spread(query).unsqueeze(1)], 1)
 
         return rank_unseen(states, ItemHead(wide, bias), part.histories, k)[0]
 
     return _by_goal(users, goals, k, one)
+
+
+def _members_first(head: ItemHead, users: Users, members: Tensor, k: int) -> Tensor:
+    """The k best unseen items [n_users, k], those of members [n_items] bool first; -1 where none is left."""
+    lists = []
+    for items in (members.nonzero().squeeze(1), (~members).nonzero().squeeze(1)):
+        if len(items) == 0:
+            continue
+        place = torch.full_like(members, -1, dtype=torch.int64)
+        place[items] = torch.arange(len(items))
+        had = users.histories.filter(place[users.histories.flat] >= 0)
+        own = ItemHead(head.items[items], None if head.bias is None else head.bias[items], head.query)
+        histories = Histories(place[had.flat], had.offsets, len(items))
+        found = rank_unseen(lambda rows: users.x[rows], own, histories, min(k, len(items)))[0]
+        lists.append(torch.where(found < 0, -1, items[found]))
+    best = torch.cat(lists, 1)
+    return best.gather(1, (best < 0).long().argsort(dim=1, stable=True)[:, :k])
 
 
 def linear_probes(x: Tensor, labels: Tensor, ridge: float = 1.0) -> Tensor:

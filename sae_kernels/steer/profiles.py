@@ -22,7 +22,9 @@ def cohens_d(first: ActivationStats, second: ActivationStats) -> Tensor:
             raise ValueError(f"cohens_d: {name} has {stats.rows} rows, expected at least 2")
     (mean_1, off_1), (mean_2, off_2) = _moments(first), _moments(second)
     pooled = ((off_1 + off_2) / (first.rows + second.rows - 2)).sqrt()
-    return torch.where(mean_1 == mean_2, 0.0, (mean_1 - mean_2) / pooled)
+    # means of one constant round differently where the numbers of rows do
+    alike = (mean_1 - mean_2).abs() <= 1e-12 * mean_1.abs()
+    return torch.where((mean_1 == mean_2) | ((pooled == 0) & alike), 0.0, (mean_1 - mean_2) / pooled)
 
 
 def popularity_latents(code: SparseCode, histories: Histories, share: float = 0.2) -> Tensor:
@@ -48,7 +50,7 @@ def popularity_latents(code: SparseCode, histories: Histories, share: float = 0.
 
 def user_popularity(histories: Histories) -> Tensor:
     """Mean over each history of log(1 + number of users who have the item): [n_users] float64; 0 for an empty one."""
-    log_count = torch.bincount(histories.flat, minlength=histories.n_items).double().log1p()
+    log_count = histories.users_per_item().double().log1p()
     total = torch.zeros(len(histories), dtype=torch.float64)
     total.index_add_(0, histories.row_ids(), log_count[histories.flat])
     return total / histories.lengths.clamp(min=1)
@@ -76,6 +78,8 @@ def group_code(code: SparseCode, how: str = "average", *, at_least: float = 1.0)
     latents, place = (pairs % code.d_sae).unique(return_inverse=True)
     if how == "max":
         values = amount.new_zeros(latents.numel()).scatter_reduce_(0, place, amount, "amax", include_self=False)
+        silent_in_some = torch.bincount(place, minlength=latents.numel()) < members
+        values = torch.where(silent_in_some, values.clamp(min=0), values)
     else:
         values = amount.new_zeros(latents.numel()).index_add_(0, place, amount) / members
     if how == "common":
