@@ -1,6 +1,7 @@
 """Histories, splits, the readers and what bad files get."""
 
 import math
+from datetime import date
 from pathlib import Path
 
 import pytest
@@ -233,6 +234,46 @@ def test_read_parquet_and_dates(tmp_path):
     (tmp_path / "broken.parquet").write_bytes(b"PAR1 no")
     with pytest.raises(ValueError, match="broken.parquet: not a readable table"):
         read_interactions(tmp_path / "broken.parquet", "u", "i")
+
+
+def test_dates_in_texts(read):
+    for first, second, third in (
+        ("2020-02-01", "2020-01-01", "2021-01-01"),
+        ("2020-01-01T10:00:01", "2020-01-01 10:00", "2020-01-02"),
+    ):
+        data = read(f"u,i,t\n1,5,{first}\n1,6,{second}\n2,5,{third}\n", "u", "i", time_col="t")
+        assert lists_of(data.histories()) == [[1, 0], [0]]
+    with pytest.raises(ValueError, match="column 't', row 2: 'soon', expected a number, or a date such as 2020-01-31"):
+        read("u,i,t\n1,5,2020-01-01\n1,6,soon\n", "u", "i", time_col="t")
+
+
+def test_dates_without_a_time_in_parquet(tmp_path):
+    pd = pytest.importorskip("pandas")
+    pytest.importorskip("pyarrow")
+    from sae_kernels.data.read import read_interactions
+
+    frame = pd.DataFrame({"u": [1, 1], "i": [5, 6], "t": [date(2020, 1, 2), date(2020, 1, 1)]})
+    frame.to_parquet(tmp_path / "log.parquet")
+    assert lists_of(read_interactions(tmp_path / "log.parquet", "u", "i", time_col="t").histories()) == [[1, 0]]
+
+
+def test_ids_stay_what_they_are(read):
+    """Texts as they stand, whatever they look like; of numbers those that 64 bits do not hold are told."""
+    text = "u,i\n007,1\n7,1\n1.10,1\n1.1,1\nNA,1\nnull,1\n"
+    assert read(text, "u", "i", ids="text").user_ids == ["007", "1.1", "1.10", "7", "NA", "null"]
+    assert read("u,i\nNA,1\nnull,2\n", "u", "i").user_ids == ["NA", "null"]
+    largest = 2**63 - 1
+    assert read(f"u,i\n{largest},1\n{largest - 1},1\n{-(2**63)},2\n", "u", "i").user_ids == [
+        -(2**63),
+        largest - 1,
+        largest,
+    ]
+    for number in (2**63, 2**64 - 1, 12345678901234567890123):
+        with pytest.raises(
+            ValueError, match="column 'u', row 1: .*, expected a numeric id .a whole number of 64 bits."
+        ):
+            read(f"u,i\n{number},1\n{number - 1},2\n", "u", "i", ids="int")
+        assert read(f"u,i\n{number},1\n{number - 1},2\n", "u", "i", ids="text").n_users == 2
 
 
 def test_text_ids(read):

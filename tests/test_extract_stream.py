@@ -6,6 +6,7 @@ import threading
 import pytest
 import torch
 from extract_models import D, Sequences, T, hidden, ids, real, run
+from torch import nn
 
 from sae_kernels import ActivationStats, TopKSAE
 from sae_kernels.data.extract import ActivationStream, collect_stats
@@ -98,6 +99,9 @@ def test_stream_passes_errors_on_and_ends_its_thread(tmp_path):
     assert threading.active_count() <= before
     with pytest.raises(ValueError, match="batch_rows must be at least 1, got 0"):
         ActivationStream(model, "encoder", x, batch_rows=0)
+    again = nn.Sequential(*[nn.Linear(D, D)] * 2)  # one module, which runs twice
+    with pytest.raises(ValueError, match="runs 2 times in one pass"):
+        next(ActivationStream(again, "0", torch.randn(9, D)))
 
 
 def test_record_says_where_rows_come_from_and_stops(tmp_path):

@@ -1,5 +1,7 @@
 """The training loops of the reference recommenders: quality, seeds, early stopping, interruption, bad input."""
 
+import math
+
 import pytest
 import torch
 
@@ -80,6 +82,8 @@ def test_early_stopping_puts_the_best_weights_back(data):
     result = fit("elsa", model, data[0], epochs=5, validate=validate, patience=2)
     assert result.scores == [1.0, 3.0, 2.0, 2.5] and result.best_epoch == 1
     assert torch.equal(model.encoder.weight, kept[1]) and not torch.equal(kept[1], kept[3])
+    scores = iter([math.nan, 0.5, math.nan, 0.4])  # NaN is no best score
+    assert fit("elsa", fresh("elsa"), data[0], epochs=4, validate=lambda _: next(scores), patience=9).best_epoch == 1
 
 
 def test_ctrl_c_passes_on_and_leaves_a_usable_model(data):

@@ -106,6 +106,23 @@ def test_seen_items_are_never_listed_and_missing_places_are_minus_one():
     assert got["recall@3"] == 0.5 and got["hr@3"] == 1
 
 
+def test_what_the_scorer_leaves_out_stands_before_what_the_user_has():
+    scores = torch.tensor([[3.0, 1.0, -torch.inf, -torch.inf]])
+    assert top_k_items(from_table(scores), ragged([[0]], 4), 4).tolist() == [[1, 2, 3, -1]]
+    counts = torch.tensor([[5, 3, 9, 1]])  # whole numbers are scores too
+    assert top_k_items(from_table(counts), ragged([[2]], 4), 2).tolist() == [[0, 1]]
+    assert top_k_items(from_table(counts > 2), ragged([[2]], 4), 3).tolist() == [[0, 1, 3]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_modules_of_other_precisions(dtype):
+    module = torch.nn.Linear(6, 6, dtype=dtype)
+    top = top_k_items(module, ragged([[0, 1], [5]], 6), 2)
+    dense = torch.zeros(2, 6, dtype=dtype)
+    dense[0, :2] = dense[1, 5] = 1
+    assert torch.equal(top, top_k_items(from_table(module(dense).detach()), ragged([[0, 1], [5]], 6), 2))
+
+
 def test_given_scores_are_not_changed():
     scores, histories, targets = random_case(2)
     before = scores.clone()

@@ -44,6 +44,9 @@ def test_bags_equal_multi_hot_rows(kind, histories):
     model, x = make(kind), histories.batch()
     torch.testing.assert_close(model.encode_histories(*histories.bags()), model.encoder(x), **CLOSE)
     torch.testing.assert_close(model.score_histories(*histories.bags()), model(x), **CLOSE)
+    twice = histories.flat.repeat_interleave(2), 2 * histories.offsets  # what stands twice counts once
+    torch.testing.assert_close(model.encode_histories(*twice), model.encoder(x), **CLOSE)
+    torch.testing.assert_close(model.score_histories(*twice), model(x), **CLOSE)
     torch.testing.assert_close(model.decoder(model.encoder(x)) - (x if kind == "elsa" else 0), model(x), **CLOSE)
     with pytest.raises(ValueError, match=r"x \(4, 6\) must end in n_items = 7"):
         model(x[:, :6])

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..recommenders._bags import multi_hot, pad_left, row_ids, take
+from ..recommenders._bags import distinct, multi_hot, pad_left, row_ids, take
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,11 +127,8 @@ class Histories:
 
     def distinct(self) -> "Histories":
         """The same users with every item once, where it first stands."""
-        pairs = self.row_ids() * self.n_items + self.flat
-        ranked, order = pairs.sort(stable=True)
-        kept = torch.ones_like(pairs, dtype=torch.bool)
-        kept[order[1:]] = ranked[1:] != ranked[:-1]
-        return self if bool(kept.all()) else self.filter(kept)
+        flat, offsets = distinct(self.flat, self.offsets, self.n_items)
+        return self if flat is self.flat else Histories(flat, offsets, self.n_items)
 
     def users_per_item(self) -> Tensor:
         """How many users have each item, however often: [n_items] int64."""

@@ -1,5 +1,7 @@
 """Reads interactions from Parquet or CSV; bad data ends in one line that names file, column and first bad row."""
 
+from collections.abc import Sequence
+from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +14,7 @@ if TYPE_CHECKING:
 
 DUPLICATES = ("error", "first", "last")
 ID_KINDS = ("auto", "int", "text")
+ABSENT = ("", "NA", "N/A", "NaN", "nan", "<NA>", "null", "NULL", "None")  # numbers that are none; of texts "" alone
 
 
 def read_interactions(
@@ -29,11 +32,12 @@ def read_interactions(
     """Interactions of a .parquet, .csv or .tsv file (.csv.gz too), one row per user and item.
 
     min_rating keeps the rows with at least that rating; then users with fewer than min_user rows are left out. What
-    both removed stands in .filtered. time_col (numbers or dates) orders the rows of a user.
+    both removed stands in .filtered. time_col (numbers, or ISO dates) orders the rows of a user.
 
-    ids: "int": user and item ids must be whole numbers; "text": they are taken as texts; "auto": a column is text where
-    its first value is no whole number, else all of it must be numbers. duplicates: a pair of user and item that comes
-    twice is an error, or its first or last row is kept and the others are counted in .filtered.
+    ids: "int": user and item ids must be whole numbers of 64 bits; "text": they are taken as they stand; "auto": a
+    column is text where its first value is no whole number, else all of it must be such numbers. duplicates: a pair of
+    user and item that comes twice is an error, or its first or last row is kept and the others are counted in
+    .filtered.
 
     Raises FileNotFoundError, TypeError or ValueError; a missing column, an empty file, an empty or non-numeric id, a
     NaN or non-numeric rating or time and a repeated pair each name file, column and first bad row (rows count from 1,
@@ -46,13 +50,14 @@ def read_interactions(
     if min_rating is not None and rating_col is None:
         raise ValueError("read_interactions: min_rating needs rating_col")
     columns = [c for c in (user_col, item_col, rating_col, time_col) if c is not None]
-    frame = read_table(path, columns)
+    texts = (user_col, item_col)
+    frame = read_table(path, columns, texts, as_they_stand=ids == "text")
     for column in (user_col, item_col):
         frame[column] = _ids(path, frame[column], ids)
     if rating_col is not None:
         frame[rating_col] = _numbers(path, frame[rating_col])
     if time_col is not None:
-        frame[time_col] = _numbers(path, frame[time_col])
+        frame[time_col] = _times(path, frame[time_col])
     filtered: dict[str, int] = {}
     frame = _without_duplicates(path, frame, user_col, item_col, duplicates, filtered)
     if min_rating is not None:
@@ -79,8 +84,13 @@ def pandas_module():
     return pandas
 
 
-def read_table(path: Path, columns: list[str]) -> "pandas.DataFrame":
-    """The columns of a Parquet, CSV or TSV file. Raises FileNotFoundError, or ValueError naming file and column."""
+def read_table(
+    path: Path, columns: list[str], texts: Sequence[str] = (), as_they_stand: bool = False
+) -> "pandas.DataFrame":
+    """The columns of a Parquet, CSV or TSV file. Raises FileNotFoundError, or ValueError naming file and column.
+
+    texts: columns in which "NA", "null" and the like are values too; as_they_stand: "007" also.
+    """
     pd = pandas_module()
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
@@ -91,7 +101,14 @@ def read_table(path: Path, columns: list[str]) -> "pandas.DataFrame":
         if ".parquet" in kinds:
             frame = pd.read_parquet(path)
         else:
-            frame = pd.read_csv(path, sep="\t" if ".tsv" in kinds else ",", low_memory=False)
+            frame = pd.read_csv(
+                path,
+                sep="\t" if ".tsv" in kinds else ",",
+                low_memory=False,
+                dtype=dict.fromkeys(texts, str) if as_they_stand else None,
+                keep_default_na=False,
+                na_values={name: [""] if name in texts else list(ABSENT) for name in columns},
+            )
     except pd.errors.EmptyDataError:
         raise ValueError(f"{path}: the file is empty") from None
     except ImportError as error:
@@ -111,8 +128,8 @@ def _fail(path: Path, column: "pandas.Series", bad: "pandas.Series", expected: s
     if bad.any():
         row = int(bad.to_numpy().argmax())
         value = column.iloc[row]
-        empty = pandas_module().isna(value)
-        shown = "an empty value" if empty else repr(value if isinstance(value, str) else float(value))
+        number = isinstance(value, Real)
+        shown = "an empty value" if pandas_module().isna(value) else repr(float(value) if number else value)
         raise ValueError(f"{path}: column {column.name!r}, row {row + 1}: {shown}, expected {expected}")
 
 
@@ -121,19 +138,32 @@ def _ids(path: Path, column: "pandas.Series", kind: str) -> "pandas.Series":
     pd = pandas_module()
     _fail(path, column, column.isna(), "an id")
     numbers = pd.to_numeric(column, errors="coerce")
-    whole = (numbers.notna() & (numbers % 1 == 0)).astype(bool)
+    # a float beyond 2**53 stands for several whole numbers
+    exact = numbers.abs() <= 2**53 if numbers.dtype.kind == "f" else numbers <= 2**63 - 1
+    whole = (numbers.notna() & (numbers % 1 == 0) & exact).astype(bool)
     if kind == "text" or (kind == "auto" and not whole.iloc[0]):
         return column.astype(str)
-    _fail(path, column, ~whole, "a numeric id (a whole number); ids='text' takes ids as texts")
+    _fail(path, column, ~whole, "a numeric id (a whole number of 64 bits); ids='text' takes ids as texts")
     return numbers.astype("int64")
 
 
+def _times(path: Path, column: "pandas.Series") -> "pandas.Series":
+    """Finite numbers, or dates as whole numbers."""
+    pd = pandas_module()
+    _fail(path, column, column.isna(), "a time")
+    if not pd.api.types.is_datetime64_any_dtype(column):
+        if pd.to_numeric(column.iloc[:1], errors="coerce").notna().all():
+            return _numbers(path, column)
+        dates = pd.to_datetime(column, errors="coerce", format="ISO8601", utc=True)
+        _fail(path, column, dates.isna(), "a number, or a date such as 2020-01-31 or 2020-01-31T12:00:00")
+        column = dates
+    return column.astype("int64")
+
+
 def _numbers(path: Path, column: "pandas.Series") -> "pandas.Series":
-    """Finite numbers; dates become whole numbers."""
+    """Finite numbers."""
     pd = pandas_module()
     _fail(path, column, column.isna(), "a number")
-    if pd.api.types.is_datetime64_any_dtype(column):
-        return column.astype("int64")
     numbers = pd.to_numeric(column, errors="coerce")
     _fail(path, column, numbers.isna() | (numbers.abs() == float("inf")), "a number")
     return numbers

@@ -63,8 +63,8 @@ class ShuffledReader:
     ) -> None:
         if store.kind != "activations":
             raise ValueError(f"{store.url}: the reader needs a store of activations, this one holds {store.kind}")
-        if store.rows == 0:
-            raise ValueError(f"{store.url}: the store is empty")
+        if store.rows == 0 or store.d == 0:
+            raise ValueError(f"{store.url}: the store is empty: {store.rows} rows of {store.d} values")
         for name, value, least in (
             ("batch_size", batch_size, 1),
             ("buffer_rows", buffer_rows, 1),

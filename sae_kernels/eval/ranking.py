@@ -57,7 +57,9 @@ def top_k_items(scorer: Scorer, histories: Histories, k: int = 20, batch_size: i
     top = torch.empty(len(histories), k, dtype=torch.int64)
     for rows, scores in score_batches(scorer, histories, batch_size):
         seen = histories.select(rows).to(scores.device)
-        scores = scores.clone()
+        scores = scores.clone() if scores.is_floating_point() else scores.double()
+        # what the scorer itself leaves out still stands before what the user has
+        scores.clamp_(min=torch.finfo(scores.dtype).min)
         scores[seen.row_ids(), seen.flat] = -torch.inf
         top[rows] = top_k(scores, k).cpu()
         available = histories.n_items - histories.batch(rows, torch.bool).sum(1)
@@ -152,10 +154,11 @@ def _score_function(scorer: Scorer, histories: Histories) -> Callable[[Tensor], 
     n_items = getattr(scorer, "n_items", histories.n_items)
     if n_items != histories.n_items:
         raise ValueError(f"the model knows {n_items} items and the histories have {histories.n_items}")
-    device = next((p.device for p in scorer.parameters()), torch.device("cpu"))
+    weight = next(scorer.parameters(), torch.empty(0))
+    device, dtype = weight.device, weight.dtype if weight.is_floating_point() else torch.float32
     if hasattr(scorer, "score_histories"):
         return lambda rows: scorer.score_histories(*(t.to(device) for t in histories.bags(rows)))
-    return lambda rows: scorer(histories.batch(rows).to(device))
+    return lambda rows: scorer(histories.batch(rows, dtype).to(device))
 
 
 def _check_k(histories: Histories, k: int, batch_size: int) -> None:

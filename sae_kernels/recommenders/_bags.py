@@ -19,6 +19,20 @@ def take(flat: Tensor, offsets: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
     return flat[source], out
 
 
+def distinct(flat: Tensor, offsets: Tensor, n_items: int) -> tuple[Tensor, Tensor]:
+    """The same rows with every item once, where it first stands; the very tensors where no item stands twice."""
+    pairs = row_ids(offsets) * n_items + flat
+    ranked, order = pairs.sort(stable=True)
+    again = ranked[1:] == ranked[:-1]
+    if not bool(again.any()):
+        return flat, offsets
+    kept = torch.ones_like(pairs, dtype=torch.bool)
+    kept[order[1:]] = ~again
+    counts = torch.zeros(kept.numel() + 1, dtype=torch.int64, device=flat.device)
+    torch.cumsum(kept, 0, out=counts[1:])
+    return flat[kept], counts[offsets]
+
+
 def multi_hot(flat: Tensor, offsets: Tensor, n_items: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """[rows, n_items] of zeros and ones; an item that stands twice in a row counts once."""
     dense = torch.zeros(offsets.numel() - 1, n_items, dtype=dtype, device=flat.device)

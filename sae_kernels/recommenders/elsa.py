@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import embedding_bag, normalize
 
-from ._bags import multi_hot, row_ids
+from ._bags import distinct, multi_hot, row_ids
 
 
 class ELSAEncoder(nn.Module):
@@ -68,11 +68,13 @@ class ELSA(nn.Module):
         return multi_hot(flat, offsets, self.n_items, self.encoder.weight.dtype)
 
     def encode_histories(self, flat: Tensor, offsets: Tensor) -> Tensor:
-        """Bags (flat [nnz], offsets [B + 1]) -> [B, d]; no multi-hot row is built. An empty history gives zeros."""
-        return self.encoder(flat, offsets)
+        """Bags (flat [nnz], offsets [B + 1]) -> [B, d], as the encoder on multi-hot rows, which are not built: an item
+        that stands twice counts once, and an empty history gives zeros."""
+        return self.encoder(*distinct(flat, offsets, self.n_items))
 
     def score_histories(self, flat: Tensor, offsets: Tensor) -> Tensor:
         """Bags -> scores [B, n_items], as forward on their multi-hot rows."""
+        flat, offsets = distinct(flat, offsets, self.n_items)
         scores = self.decoder(self.encoder(flat, offsets))
         return scores.index_put((row_ids(offsets), flat), scores.new_tensor(-1.0), accumulate=True)
 

@@ -1,5 +1,6 @@
 """Training loops of the reference recommenders: seeded, interruptible, with early stopping on a validation score."""
 
+import math
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -8,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from ._bags import take
+from ._bags import distinct, take
 
 
 class Bags(Protocol):
@@ -41,7 +42,8 @@ def fit_collaborative(
     validate: Callable[[nn.Module], float] | None = None,
     patience: int = 3,
 ) -> FitResult:
-    """Trains ELSA or MultVAE (any module with training_loss(flat, offsets)) with Adam on the users' whole histories.
+    """Trains ELSA or MultVAE (any module with training_loss(flat, offsets)) with Adam on the users' whole histories,
+    of which an item that stands twice counts once.
 
     progress: wraps the range of steps, as tqdm does (set_postfix is called where it exists). validate(model) -> score,
     higher is better, after every epoch: training stops after `patience` epochs without a new best, and the best epoch's
@@ -49,8 +51,8 @@ def fit_collaborative(
     The same seed gives the same weights on the same machine; torch's global random state is left as it was.
     """
     _check(model, histories, epochs, batch_size, lr)
-    loss = model.training_loss
-    return _fit(model, histories, loss, epochs, batch_size, lr, betas, seed, progress, validate, patience)
+    rows, loss = _Rows(*distinct(histories.flat, histories.offsets, model.n_items)), model.training_loss
+    return _fit(model, rows, loss, epochs, batch_size, lr, betas, seed, progress, validate, patience)
 
 
 def fit_sequential(
@@ -139,7 +141,8 @@ def _validated(model: nn.Module, validate: Callable, result: FitResult, best: di
     model.eval()
     with torch.no_grad():
         result.scores.append(float(validate(model)))
-    if result.best_epoch is None or result.scores[-1] > result.scores[result.best_epoch]:
+    best_score = math.nan if result.best_epoch is None else result.scores[result.best_epoch]
+    if math.isnan(best_score) or result.scores[-1] > best_score:
         result.best_epoch = len(result.scores) - 1
         return {name: value.clone() for name, value in model.state_dict().items()}
     return best

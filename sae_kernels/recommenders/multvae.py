@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import dropout, embedding_bag, linear, log_softmax, normalize
 
-from ._bags import multi_hot, row_ids
+from ._bags import distinct, multi_hot, row_ids
 
 
 class MultVAEEncoder(nn.Module):
@@ -83,19 +83,23 @@ class MultVAE(nn.Module):
         return multi_hot(flat, offsets, self.n_items, self.encoder.weight.dtype)
 
     def encode_histories(self, flat: Tensor, offsets: Tensor) -> Tensor:
-        """Bags (flat [nnz], offsets [B + 1]) -> mu [B, d]; the multi-hot rows are never built."""
-        return self.encoder(flat, offsets)
+        """Bags (flat [nnz], offsets [B + 1]) -> mu [B, d]; the multi-hot rows are never built, and an item that stands
+        twice counts once, as in one."""
+        return self.encoder(*distinct(flat, offsets, self.n_items))
 
     def score_histories(self, flat: Tensor, offsets: Tensor) -> Tensor:
         """Bags -> logits [B, n_items]."""
-        return self.decoder(self.encoder(flat, offsets))
+        return self.decoder(self.encode_histories(flat, offsets))
 
     def item_head(self) -> tuple[nn.Module, Tensor, Tensor]:
         """(query, items [n_items, hidden], bias [n_items]): mu scores query(mu) @ items.T + bias."""
         return self.decoder[:2], self.decoder[2].weight, self.decoder[2].bias
 
     def training_loss(self, flat: Tensor, offsets: Tensor) -> Tensor:
-        """Mean over the rows of -log p(x | z) + beta_t KL(q(z | x) || N(0, 1)), z from q; counts one step of beta."""
+        """Mean over the rows of -log p(x | z) + beta_t KL(q(z | x) || N(0, 1)), z from q; counts one step of beta.
+
+        The items of a row must be distinct.
+        """
         mu, log_variance = self.encoder.moments(flat, offsets)
         z = mu + torch.randn_like(mu) * (log_variance / 2).exp()
         log_p = log_softmax(self.decoder(z), dim=-1)

@@ -56,7 +56,8 @@ def extract(
 
     Killed at any moment and called again with the same arguments, it goes on, and the store ends up the same, row for
     row; where it is finished already it is opened. Anything else that stands at `store` is left alone: ValueError where
-    it comes from another model, module, dtype or other inputs (append=True adds those).
+    it comes from another model, module, dtype or other inputs (append=True adds those). Tensors are told from others by
+    all that they hold; a Dataset, DataLoader or iterable by its type, its size where it has one, and its first batch.
 
     model: a module, or a function that makes it (then each worker makes its own). inputs, batch_size, columns: see
     `as_inputs`. prepare: a batch -> what the model takes (a tensor, a tuple of arguments or a dict). module, mask,
@@ -66,8 +67,9 @@ def extract(
     values and k indices) in the place of the activations; the SAE is applied on the fly.
     nan: rows with NaN or Inf: "raise", "drop" (counted in each shard's `dropped`) or "keep". shuffle: a seed; batches
     go to shards in random order, and rows are shuffled within their shard. first_id: what the inputs' ids count from.
-    shard_mb: size of a shard, at most. Memory: about four shards and a batch, whatever the number of rows; `writers`
-    threads write (each one more holds two shards more).
+    shard_mb: size of a shard, at most; batches that are wider than the first one, and than text_inputs' max_tokens or
+    CallableInputs' widest, make larger ones. Memory: about four shards and a batch, whatever the number of rows;
+    `writers` threads write (each one more holds two shards more).
     engine: "local"; "torchrun": each of its processes makes its share; "ray": `workers` actors of Ray Data, each with a
     GPU where device is "cuda"; the shards of a lost one are made anew by another. progress: says the size before
     writing and shows a bar.

@@ -66,4 +66,5 @@ def text_inputs(texts: Sequence[str], tokenizer: Any, batch_size: int = 32, max_
     for text in texts:
         sha.update(text.encode())
         sha.update(b"\0")
-    return CallableInputs(make, len(texts), batch_size, f"texts {sha.hexdigest()[:32]}, {max_tokens} tokens at most")
+    name = f"texts {sha.hexdigest()[:32]}, {max_tokens} tokens at most"
+    return CallableInputs(make, len(texts), batch_size, name, widest=max_tokens)

@@ -10,9 +10,18 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset, RandomSampler, SequentialSampler
+from torch.utils.data import (
+    DataLoader,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+)
 
 from ..._need import need
+
+_RANDOM = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
 
 
 @dataclass(frozen=True)
@@ -24,7 +33,8 @@ class Batch:
 
 
 class Inputs(Protocol):
-    """batches: how many; None where only the end tells. seekable: any batch can be had without those before it."""
+    """batches: how many; None where only the end tells. seekable: any batch can be had without those before it. It may
+    also have widest: the most positions that an input can give, where batches differ in it."""
 
     batches: int | None
     seekable: bool
@@ -71,15 +81,23 @@ def as_inputs(source: Any, batch_size: int = 256, columns: list[str] | None = No
 class CallableInputs:
     """make(start, stop) -> the model's inputs number start to stop - 1, out of `count`, whenever and wherever asked.
 
-    name: tells these inputs from others in the store (the function's name where None).
+    name: tells these inputs from others in the store (the function's name where None). widest: the most positions that
+    an input can give, where batches differ in it.
     """
 
     seekable = True
 
-    def __init__(self, make: Callable[[int, int], Any], count: int, batch_size: int, name: str | None = None) -> None:
+    def __init__(
+        self,
+        make: Callable[[int, int], Any],
+        count: int,
+        batch_size: int,
+        name: str | None = None,
+        widest: int | None = None,
+    ) -> None:
         if count < 1 or batch_size < 1:
             raise ValueError(f"count and batch_size must be at least 1, got {count} and {batch_size}")
-        self.make, self.count, self.batch_size = make, count, batch_size
+        self.make, self.count, self.batch_size, self.widest = make, count, batch_size, widest
         self.name = name or getattr(make, "__qualname__", type(make).__name__)
         self.batches = -(-count // batch_size)
 
@@ -252,10 +270,16 @@ class IteratorInputs:
         return {"inputs": type(self._source).__qualname__}
 
 
-def content_digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
-    """sha256 over the names, dtypes, shapes and values."""
+def content_digest(values: Iterable[tuple[str, Any]]) -> str:
+    """sha256 over the names, dtypes, shapes and values of tensors, also those in dicts and lists; plain values count
+    too, of other objects the type alone.
+    """
     sha = hashlib.sha256()
-    for name, t in tensors:
+    for name, t in _leaves(values):
+        if not isinstance(t, Tensor):
+            plain = t is None or isinstance(t, (str, bytes, int, float))
+            sha.update(f"{name} {type(t).__qualname__} {t if plain else ''!r};".encode())
+            continue
         t = t.detach()
         sha.update(f"{name} {t.dtype} {tuple(t.shape)};".encode())
         # a piece at a time: a tensor may live on another device, or be larger than what is free here
@@ -264,15 +288,26 @@ def content_digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
     return sha.hexdigest()[:32]
 
 
+def _leaves(values: Iterable[tuple[Any, Any]], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in values:
+        if isinstance(value, Mapping):
+            yield from _leaves(value.items(), f"{prefix}{name}.")
+        elif isinstance(value, (tuple, list)):
+            yield from _leaves(enumerate(value), f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
 def _of_loader(loader: DataLoader) -> Inputs:
     if isinstance(loader.dataset, IterableDataset):
         return IteratorInputs(loader)
-    if isinstance(loader.sampler, RandomSampler):
+    if isinstance(loader.sampler, _RANDOM) or isinstance(getattr(loader.batch_sampler, "sampler", None), _RANDOM):
         raise ValueError(
             "inputs: this DataLoader shuffles, so a run that is cut could not go on where it was; "
             "give it shuffle=False, and extract() a shuffle seed"
         )
-    if loader.batch_size is None or not isinstance(loader.sampler, SequentialSampler):
+    every = isinstance(loader.sampler, SequentialSampler) and loader.sampler.data_source is loader.dataset
+    if loader.batch_size is None or not every:
         return IteratorInputs(loader)
     given = ("num_workers", "prefetch_factor", "worker_init_fn", "multiprocessing_context", "timeout")
     options = {name: getattr(loader, name) for name in given}

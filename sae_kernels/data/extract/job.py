@@ -10,6 +10,7 @@ from typing import Any
 from ..._need import need
 from ..store import ActivationStore, StoreWriter
 from ..store.manifest import Field
+from ..store.writer import FIRST_BATCH
 from .inputs import Inputs
 from .pipeline import OnBatch, Plan, run_shards
 from .recipe import Recipe
@@ -17,12 +18,15 @@ from .recipe import Recipe
 
 @dataclass(frozen=True)
 class Facts:
-    """What the first batch tells: the store's fields, what made the rows, rows kept of how many positions."""
+    """What the first batch tells: the store's fields, what made the rows, rows kept of how many positions, of how many
+    inputs, and what tells the batch from others."""
 
     fields: dict[str, Field]
     source: dict[str, Any]
     rows: int
     positions: int
+    inputs: int
+    first: str
 
     @property
     def row_bytes(self) -> int:
@@ -52,11 +56,15 @@ class Job:
         with recipe:
             rows = recipe.probe(batch)
         source = {**recipe.describe(), "nan": self.nan}
-        return Facts(rows.fields(), source, len(rows.place), len(batch.ids) * rows.width)
+        inputs = len(batch.ids)
+        return Facts(rows.fields(), source, len(rows.place), inputs * rows.width, inputs, recipe.first)
 
     def plan(self, facts: Facts) -> Plan:
-        """Shards of whole batches, of at most shard_bytes where a batch is not larger."""
-        per_batch = max(facts.positions, 1) * facts.row_bytes
+        """Shards of whole batches, of at most shard_bytes where a batch is not larger and none has more positions than
+        the first, or than the inputs say."""
+        widest = getattr(self.inputs, "widest", None) or 0
+        positions = max(facts.positions, facts.inputs * widest if "position" in facts.fields else 0, 1)
+        per_batch = positions * facts.row_bytes
         return Plan(self.inputs.batches, max(1, self.shard_bytes // per_batch), self.shuffle, self.first_id)
 
     def writer(self, facts: Facts) -> StoreWriter:
@@ -67,7 +75,7 @@ class Job:
             "codes" if "values" in facts.fields else "activations",
             facts.fields,
             facts.source,
-            {**self.inputs.describe(), **added},
+            {**self.inputs.describe(), **added, FIRST_BATCH: facts.first},
             append=self.append,
             storage_options=self.storage_options,
         )

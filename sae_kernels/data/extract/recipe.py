@@ -70,6 +70,7 @@ class Recipe:
         to = dtype if sae is None else None
         self._record = record(self.model, module, mask=mask, positions=positions, to=to, **self._output)
         self._training, self._constant, self._probed = False, {}, None
+        self.first = ""
 
     def __enter__(self) -> "Recipe":
         self._training = self.model.training
@@ -80,13 +81,18 @@ class Recipe:
         self.model.train(self._training)
 
     def probe(self, batch: Batch) -> Recorded:
-        """rows(batch), but through the whole model: ValueError where the module does not run just once in a pass."""
-        self._forward(batch, stop=False)
+        """rows(batch), but through the whole model: ValueError where the module does not run just once in a pass.
+
+        `first` then tells this batch from others: what the model was given, and which positions were kept.
+        """
+        value = self._prepared(batch)
+        self._forward(value, stop=False)
         calls = len(self._record.leading_shapes)
         if calls > 1:
             self._record.clear()
             raise ValueError(f"extract: module {self.module!r} runs {calls} times in one pass; name one that runs once")
         self._probed = self._collected(batch)
+        self.first = content_digest([("value", value), ("place", self._probed.place)])
         return self._probed
 
     def rows(self, batch: Batch) -> Recorded:
@@ -94,7 +100,7 @@ class Recipe:
         if self._probed is not None and torch.equal(self._probed.ids, batch.ids):
             probed, self._probed = self._probed, None  # known already
             return probed
-        self._forward(batch, stop=True)
+        self._forward(self._prepared(batch), stop=True)
         return self._collected(batch)
 
     def describe(self) -> dict[str, Any]:
@@ -111,12 +117,15 @@ class Recipe:
         if self.sae is None:
             return facts
         state = [(name, t) for name, t in self.sae.state_dict().items() if isinstance(t, Tensor)]
-        return {**facts, "sae": content_digest(state), "d_sae": self.sae.d_sae, **self._constant}
+        refit = {"refit": self.sae.refit} if self.sae.refit else {}
+        return {**facts, "sae": content_digest(state), "d_sae": self.sae.d_sae, **refit, **self._constant}
 
-    def _forward(self, batch: Batch, stop: bool) -> None:
+    def _prepared(self, batch: Batch) -> Any:
+        return batch.value if self.prepare is None else self.prepare(batch.value)
+
+    def _forward(self, value: Any, stop: bool) -> None:
         self._record.stop = stop
         autocast = nullcontext() if self._autocast is None else torch.autocast(self.device.type, self._autocast)
-        value = batch.value if self.prepare is None else self.prepare(batch.value)
         value = _moved(value, self.device)
         with torch.no_grad(), autocast, self._record:
             if isinstance(value, Mapping):

@@ -160,6 +160,9 @@ class _Producer:
     def _fill(self, recipe: Recipe, inputs: Any, numbers: Iterator[int]) -> None:
         try:
             with recipe:
+                first = None if recipe.first else next(iter(inputs.read([0])), None)
+                if first is not None:  # through the whole model once: a module that runs twice is refused
+                    recipe.probe(first)
                 for rows in recorded(recipe, inputs, numbers):
                     if not self._put(rows.tensors["x"]):
                         return

@@ -34,6 +34,8 @@ from .store import ActivationStore
 RESERVE = 16 << 20
 # read at once: each has the statistics of its shard
 RECORDS = 64
+FIRST_BATCH = "first_batch"  # of a plan: a digest, which manifests of earlier versions do not have
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 class StoreWriter:
@@ -221,8 +223,11 @@ class RowWriter:
         append: bool = False,
         storage_options: dict[str, Any] | None = None,
     ) -> None:
-        if shard_rows < 1:
-            raise ValueError(f"RowWriter: shard_rows must be at least 1, got {shard_rows}")
+        for name, value in (("d", d), ("shard_rows", shard_rows)):
+            if value < 1:
+                raise ValueError(f"RowWriter: {name} must be at least 1, got {value}")
+        if dtype not in FLOATS:
+            raise ValueError(f"RowWriter: dtype must be one of {', '.join(map(str, FLOATS))}, got {dtype}")
         fields = {"x": Field(dtype, (d,)), **id_fields(position)}
         found = read_manifest(path, storage_options)
         run = 0 if found is None else len(found.inputs)
@@ -299,7 +304,7 @@ def place_of(manifest: Manifest, plan: dict[str, Any]) -> range | None:
     """The numbers of the shards that a finished run with this plan has written; None where there was none."""
     first = 0
     for run in manifest.inputs:
-        if {**run, "shards": None} == {**_plain(plan), "shards": None}:
+        if {**run, "shards": None} == {**_told_by(run, plan), "shards": None}:
             return range(first, first + run["shards"])
         first += run["shards"]
     return None
@@ -311,16 +316,23 @@ def _continued(found: Manifest, wanted: Manifest, append: bool, url: str) -> Man
     if other:
         raise ValueError(f"{url}: the store there is another one, nothing was written: {'; '.join(other)}")
     if found.pending is not None:
-        other = differences(found.pending, wanted.pending)
+        other = differences(found.pending, _told_by(found.pending, wanted.pending))
         if other:
             raise ValueError(f"{url}: a run with other inputs is under way there: {'; '.join(other)}")
         return found
     if place_of(found, wanted.pending) is not None:
         return found
     if not append:
-        other = differences(found.inputs[-1] | {"shards": None}, wanted.pending | {"shards": None})
+        last = found.inputs[-1] | {"shards": None}
+        other = differences(last, _told_by(last, wanted.pending | {"shards": None}))
         raise ValueError(f"{url}: the store there holds other inputs: {'; '.join(other)}; append=True adds these")
     return Manifest(found.kind, found.fields, found.source, found.inputs, wanted.pending, found.shards, found.moments)
+
+
+def _told_by(run: dict[str, Any], plan: dict[str, Any]) -> dict[str, Any]:
+    """The plan without what the run, from before it was noted, does not say."""
+    plan = _plain(plan)
+    return plan if FIRST_BATCH in run else {name: value for name, value in plan.items() if name != FIRST_BATCH}
 
 
 def _plain(values: dict[str, Any]) -> dict[str, Any]:

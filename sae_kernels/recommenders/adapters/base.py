@@ -38,7 +38,8 @@ class Adapter(nn.Module):
 
     def inputs(self, flat: Tensor, offsets: Tensor) -> Tensor:
         """Bags (flat [nnz] codes, offsets [B + 1]) -> what forward takes: rows of zeros and ones [B, n_items]."""
-        return multi_hot(flat, offsets, self.n_items)
+        weight = next((p for p in self.model.parameters() if p.is_floating_point()), torch.empty(0))
+        return multi_hot(flat, offsets, self.n_items, weight.dtype)
 
     def mask(self, inputs: Tensor) -> Tensor | None:
         """Which positions of the inputs are real [B, T] bool, as `record` and `attach` take it; None for [B, d]."""
