@@ -1,6 +1,7 @@
 """SparseCode, the normalisers, encode and decode against dense oracles."""
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -170,6 +171,10 @@ def test_decode_difference():
     assert torch.equal(delta[[0, 1, 3, 4, 5]], torch.zeros(5, 12, dtype=torch.float64)) and delta[2].abs().max() > 0.1
     other = code.replace(values=torch.ones(6, 1, dtype=torch.float64), indices=torch.zeros(6, 1, dtype=torch.int64))
     assert_close([sae.decode_difference(other, code)], [sae.decode(other) - sae.decode(code)])
+    for changed in ({"scale": None if code.scale is None else 2 * code.scale}, {"offset": None}, {"scale": None}):
+        other = replace(code, **changed)
+        assert_close([sae.decode_difference(other, code)], [sae.decode(other) - sae.decode(code)])
+        assert_close([sae.decode_difference(code, other)], [sae.decode(code) - sae.decode(other)])
 
 
 def test_in_a_sequential_gradients_reach_the_encoder():

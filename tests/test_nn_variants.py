@@ -85,6 +85,20 @@ def test_rows_of_weight_0_count_nowhere(cls):
     assert_close([whole.threshold.detach()], [part.threshold.detach()])
 
 
+@pytest.mark.parametrize("cls", [BatchTopKSAE, JumpReLUSAE])
+def test_a_batch_without_rows_moves_no_threshold(cls):
+    x, sae = torch.randn(64, 12), make(cls).train()
+    before = sae.threshold.clone()
+    sae.loss(x[:0])
+    sae.loss(x, torch.zeros(64))
+    assert torch.equal(sae.threshold, before)
+    sae.loss(x)
+    first = sae.threshold.clone()
+    assert not torch.equal(first, before)
+    sae.loss(x, torch.zeros(64))
+    assert torch.equal(sae.threshold, first)
+
+
 def test_jumprelu_loss_and_its_straight_through_gradient():
     """Against the formulas of the paper, written out dense."""
     sae, x = make(JumpReLUSAE, max_active=40, bandwidth=0.4, l0_coef=0.3), rows(200)

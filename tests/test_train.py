@@ -1,5 +1,6 @@
 """The training loop: what each option does, exact resumption from every source, checkpoints that fit or say why not."""
 
+import math
 import os
 import signal
 
@@ -9,7 +10,7 @@ from torch import nn
 
 from sae_kernels.eval.reconstruction import evaluate_reconstruction
 from sae_kernels.nn.sae import TopKSAE
-from sae_kernels.train import Interrupted, fit, from_model, save_sae
+from sae_kernels.train import Interrupted, fit, from_model, load_sae, save_sae
 from sae_kernels.train.recipe import Recipe
 from sae_kernels.train.sources import CallableSource, IteratorSource, TensorSource, as_source, mix_seed
 
@@ -253,6 +254,68 @@ def test_resuming_with_other_settings_names_them(data, tmp_path):
         run(data, checkpoint=tmp_path / "module", resume=True)
 
 
+def test_resuming_an_sae_of_other_options_names_them(data, tmp_path):
+    fit(TopKSAE(D_IN, D_SAE, K, aux_coef=0.0), data, steps=10, progress=False, checkpoint=tmp_path / "run")
+    with pytest.raises(ValueError, match="aux_coef was 0.0 and is 0.5; dead_after was .* and is 7"):
+        other = TopKSAE(D_IN, D_SAE, K, aux_coef=0.5, dead_after=7)
+        fit(other, data, steps=10, progress=False, checkpoint=tmp_path / "run", resume=True)
+    same = TopKSAE(D_IN, D_SAE, K, aux_coef=0.0)
+    same.refit = 4  # of reading alone
+    assert fit(same, data, steps=10, progress=False, checkpoint=tmp_path / "run", resume=True).steps == 10
+
+
+def test_a_place_that_is_taken_is_told_before_training(data, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("")
+    (tmp_path / "file").write_text("")
+    for taken in ("mine", "file"):
+        with pytest.raises(FileExistsError, match="holds something that is no checkpoint"):
+            fit(
+                TopKSAE(D_IN, D_SAE, K),
+                lambda *_: pytest.fail("a batch was drawn"),
+                steps=9,
+                checkpoint=tmp_path / taken,
+            )
+
+
+def test_compiled_modules_are_saved_under_their_own_names(data, tmp_path):
+    sae = torch.compile(TopKSAE(D_IN, D_SAE, K))
+    fit(sae, data, steps=5, progress=False, checkpoint=tmp_path / "run")
+    assert torch.equal(load_sae(tmp_path / "run").W_dec, sae.W_dec)
+    save_sae(sae, tmp_path / "saved")
+    assert torch.equal(load_sae(tmp_path / "saved").W_dec, sae.W_dec)
+
+
+def test_links_to_folders_stay_links(tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    for _ in range(2):
+        sae = TopKSAE(D_IN, D_SAE, K)
+        save_sae(sae, tmp_path / "link")
+        for name in ("link", "real"):
+            assert torch.equal(load_sae(tmp_path / name).W_dec, sae.W_dec)
+    assert (tmp_path / "link").is_symlink()
+
+
+def test_batches_in_lists_and_with_a_graph(data):
+    """A DataLoader of a TensorDataset gives lists of one; what a model gives without no_grad is cut off from it."""
+    batches = list(data.split(64))
+    plain, listed, with_graph = (new_sae() for _ in range(3))
+    one = torch.ones((), requires_grad=True)
+    for sae, source in ((plain, batches), (listed, [[b] for b in batches]), (with_graph, [b * one for b in batches])):
+        fit(sae, source, steps=20, progress=False)
+        assert torch.equal(sae.W_dec, plain.W_dec)
+    assert one.grad is None
+
+
+def test_validation_that_is_nan_is_never_the_best(data):
+    found = iter([math.nan, 3.0, math.nan, 2.0])
+    result = fit(
+        TopKSAE(D_IN, D_SAE, K), data, steps=20, progress=False, validate=lambda _: next(found), validate_every=5
+    )
+    assert result.best == 2.0
+
+
 def test_resuming_a_finished_run_changes_nothing(data, tmp_path):
     whole, expected = run(data, checkpoint=tmp_path / "run")
     again, result = run(data, new_sae(), checkpoint=tmp_path / "run", resume=True)
@@ -346,6 +409,11 @@ def test_bad_settings(data, option, message):
 def test_bad_sources(data):
     with pytest.raises(TypeError, match="source must be a tensor .* got int"):
         run(3)
+    with pytest.raises(TypeError, match="got ndarray: torch.from_numpy makes one"):
+        run(data.numpy())
+    for batch, came in (([data, data], "list of 2"), ({"x": data}, "dict"), ("text", "str")):
+        with pytest.raises(TypeError, match=f"source must give tensors .* it gave a {came}"):
+            run([batch])
     with pytest.raises(ValueError, match="at least one row"):
         run(torch.zeros(0, D_IN))
     with pytest.raises(TypeError, match="floating-point"):

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..ops import _checks, batch_topk_encode, threshold_encode
-from .group import summed
+from .group import mean_of_those_with_rows
 from .sae import TopKSAE
 
 _HORIZON = 100  # batches over which the threshold is averaged
@@ -50,7 +50,7 @@ class BatchTopKSAE(TopKSAE):
         here = None if weight is None else (weight > 0).nonzero().squeeze(-1)
         rows = x if here is None else x[here]
         values, indices, _, threshold = batch_topk_encode(rows, self.W_enc, b_enc, self.k, **slots)
-        self._move_threshold(threshold)
+        self._move_threshold(threshold, len(rows))
         if here is not None:
             values = values.new_zeros(len(x), self.max_active).index_copy(0, here, values)
             places = torch.arange(self.max_active, dtype=torch.int32, device=x.device)
@@ -58,11 +58,10 @@ class BatchTopKSAE(TopKSAE):
         return values, indices, self._firing_per_row(values)
 
     @torch.no_grad()
-    def _move_threshold(self, threshold: Tensor) -> None:
-        if self.data_group is not None:
-            threshold = summed(threshold, self.data_group) / torch.distributed.get_world_size(self.data_group)
-        self.threshold_batches.add_(1)
-        step = (threshold - self.threshold) / self.threshold_batches.clamp(max=_HORIZON)
+    def _move_threshold(self, threshold: Tensor, rows: int) -> None:
+        threshold, some = mean_of_those_with_rows(threshold, rows, self.data_group)
+        self.threshold_batches.add_(some.to(self.threshold_batches.dtype))
+        step = some * (threshold - self.threshold) / self.threshold_batches.clamp(min=1, max=_HORIZON)
         self.threshold.add_(step.to(self.threshold.dtype))
 
     def _conventions(self) -> dict[str, str | int | float]:

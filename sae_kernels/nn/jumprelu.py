@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from ..ops import _checks, batch_topk_encode, threshold_encode
 from .batch_topk import default_slots
-from .group import summed
+from .group import mean_of_those_with_rows, summed
 from .sae import TopKSAE
 
 
@@ -68,8 +68,9 @@ class JumpReLUSAE(TopKSAE):
     def _start(self, x: Tensor) -> None:
         x, b_enc = self._encoder_input(x)
         threshold = batch_topk_encode(x, self.W_enc, b_enc, self.k, max_active=self.max_active)[3]
-        if self.data_group is not None:
-            threshold = summed(threshold, self.data_group) / torch.distributed.get_world_size(self.data_group)
+        threshold, some = mean_of_those_with_rows(threshold, len(x), self.data_group)
+        if not bool(some):
+            return
         self.log_threshold.fill_(1).mul_(threshold.clamp(min=torch.finfo(torch.float16).tiny).log())
         self.started = True
 

@@ -161,10 +161,12 @@ class TopKSAE(nn.Module):
     def decode_difference(self, edited: SparseCode, code: SparseCode) -> Tensor:
         """decode(edited) - decode(code) [..., d_in], without the rounding of what they share.
 
-        Where `edited` keeps code.indices, rows whose values are untouched come out as exactly 0.
+        Where `edited` keeps code.indices and code.scale, rows whose values are untouched come out as exactly 0.
         """
         self._check_code(edited)
         self._check_code(code)
+        if edited.scale is not code.scale:
+            return self.decode(edited) - self.decode(code)
         dtype = self.W_dec.dtype
         if edited.indices is code.indices:
             values, indices = edited.values.to(dtype) - code.values.to(dtype), code.indices
@@ -174,7 +176,7 @@ class TopKSAE(nn.Module):
         y = self._decoded(values, indices, None)
         y = y if code.scale is None else y.to(code.scale.dtype) * code.scale
         if edited.offset is not code.offset:
-            y = y + (edited.offset if code.offset is None else edited.offset - code.offset)
+            y = y + (0 if edited.offset is None else edited.offset) - (0 if code.offset is None else code.offset)
         return y.to(code.values.dtype)
 
     def forward(self, x: Tensor) -> Tensor:

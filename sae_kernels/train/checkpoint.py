@@ -25,6 +25,7 @@ def save_sae(sae: nn.Module, path: str | os.PathLike) -> None:
 
     Raises TypeError for one whose latents are on several processes: `fit` writes those.
     """
+    sae = uncompiled(sae)
     if hasattr(sae, "sharded"):
         raise TypeError("save_sae writes a whole SAE and this one is in parts: train it with fit(checkpoint=...)")
     with replacing(Path(path)) as folder:
@@ -48,8 +49,14 @@ def load_sae(path: str | os.PathLike, device: torch.device | str = "cpu") -> nn.
     return sae.eval()
 
 
+def uncompiled(sae: nn.Module) -> nn.Module:
+    """The module itself where torch.compile has wrapped it, under whose names it would be saved else."""
+    return getattr(sae, "_orig_mod", sae)
+
+
 def find_folder(path: Path) -> Path:
     """`path`, or its predecessor where a write was cut between its two renames."""
+    path = path.resolve()
     for folder in (path, _beside(path, "old")):
         if (folder / "config.json").is_file():
             return folder
@@ -114,25 +121,40 @@ def write_sae(folder: Path, sae: nn.Module) -> None:
 
 def write_config(folder: Path, sae: nn.Module) -> None:
     folder.mkdir(exist_ok=True)
-    config = {
+    (folder / "config.json").write_text(json.dumps(config_of(sae), indent=2) + "\n")
+
+
+def config_of(sae: nn.Module) -> dict[str, Any]:
+    return {
         "format": FORMAT,
         "variant": sae.variant,
         "sae": {name: getattr(sae, name) for name in sae.options},
         "dtype": str(next(sae.parameters()).dtype).removeprefix("torch."),
     }
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def other_options(sae: nn.Module, folder: Path) -> list[str]:
+    """What decides its training and was otherwise in the folder's config.json; sizes show in the weights."""
+    found, now = read_config(folder).get("sae", {}), json.loads(json.dumps(config_of(sae)["sae"]))
+    names = [name for name in now if name in found and name not in ("d_in", "d_sae", "refit")]
+    return [f"{name} was {found[name]!r} and is {now[name]!r}" for name in names if found[name] != now[name]]
+
+
+def check_replaceable(path: Path) -> None:
+    """Raises FileExistsError where something stands that a checkpoint must not replace."""
+    if path.is_file() or (path.exists() and any(path.iterdir()) and not (path / "config.json").is_file()):
+        raise FileExistsError(f"{path}: holds something that is no checkpoint; it is not replaced")
 
 
 @contextmanager
 def replacing(path: Path, ranks: Ranks | None = None) -> Iterator[Path]:
     """A fresh folder beside `path`, synced and renamed into its place at the end of the block: a reader sees the old
     one or the new one. With ranks, all their processes enter; they leave when it is in place."""
-    ranks = Ranks() if ranks is None else ranks
+    ranks, path = Ranks() if ranks is None else ranks, path.resolve()
     fresh = _beside(path, f"new{ranks.shared(os.getpid())}")
     if ranks.main:
         path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists() and any(path.iterdir()) and not (path / "config.json").is_file():
-            raise FileExistsError(f"{path}: holds something that is no checkpoint; it is not replaced")
+        check_replaceable(path)
         shutil.rmtree(fresh, ignore_errors=True)
         fresh.mkdir()
     ranks.barrier()

@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from .._need import need
+from .checkpoint import check_replaceable, uncompiled
 from .member import Member
 from .ranks import Ranks
 from .recipe import Recipe
 from .run import Run
-from .sources import as_source, part_of
+from .sources import as_batch, as_source, part_of
 
 
 @dataclass
@@ -99,6 +100,7 @@ def fit(
     that is out of range, or what differs from the run to be resumed; FloatingPointError where the loss is not finite.
     """
     saes = {"": sae} if isinstance(sae, nn.Module) else _checked_grid(sae)
+    saes = {name: uncompiled(one) for name, one in saes.items()}
     rates = _rates(lr, saes)
     validate_every = validate_every or (log_every if validate is not None else None)
     _check(validate, validate_every, patience, checkpoint, checkpoint_every, resume)
@@ -115,6 +117,8 @@ def fit(
     if isinstance(validate, Tensor):
         validate = _held_out_fvu(validate, device)
     path = None if checkpoint is None else Path(checkpoint)
+    if path is not None and ranks.main:
+        check_replaceable(path)  # not when all is done
     run = Run(members, feed, ranks, recipe, validate, log, path, checkpoint_every)
     started = time.perf_counter()
     _train(run, resume, progress)
@@ -188,7 +192,7 @@ def _train(run: Run, resume: bool, progress: bool) -> None:
 
 def _next(run: Run) -> Tensor | None:
     try:
-        return run.source.next()
+        return as_batch(run.source.next())
     except KeyboardInterrupt:
         if run.ranks.groups:  # the others know nothing of it, and saving is for all
             raise

@@ -115,7 +115,7 @@ class Member:
                 score = self.ranks.shared(float(validate(self.sae)))
         finally:
             self.sae.train()
-        if self.best is None or score < self.best:
+        if not math.isnan(score) and (self.best is None or score < self.best):
             self.best, self.bad = score, 0
             if self.recipe.patience is not None:
                 self.best_weights = copy.deepcopy(self.sae.state_dict())

@@ -13,6 +13,7 @@ from .checkpoint import (
     FORMAT,
     SHARDS,
     find_folder,
+    other_options,
     put_weights,
     read_training,
     read_weights,
@@ -96,6 +97,7 @@ class Run:
             )
         for name, member in self.members.items():
             differing = member.recipe.differences(training["members"][name]["recipe"])
+            differing += other_options(member.sae, folder / name)
             if differing:
                 of = f" ({name})" if name else ""
                 raise ValueError(f"resume: this run{of} is not the one in {folder}: {'; '.join(differing)}")

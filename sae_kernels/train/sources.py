@@ -32,6 +32,8 @@ def as_source(source: object, batch_size: int, seed: int) -> Source:
     """
     if isinstance(source, Tensor):
         return TensorSource(source, batch_size, seed)
+    if hasattr(source, "__array__"):
+        raise TypeError(f"source must be a tensor, got {type(source).__name__}: torch.from_numpy makes one of an array")
     if all(callable(getattr(source, name, None)) for name in ("next", "state_dict", "load_state_dict", "describe")):
         return source
     if isinstance(source, Iterable):
@@ -42,6 +44,16 @@ def as_source(source: object, batch_size: int, seed: int) -> Source:
         "source must be a tensor [rows, d_in], an iterable of batches or a callable(step, generator), "
         f"got {type(source).__name__}"
     )
+
+
+def as_batch(batch: object) -> Tensor:
+    """The tensor that a source gave, also alone in a list or tuple, as a DataLoader of a TensorDataset gives it."""
+    if isinstance(batch, (list, tuple)) and len(batch) == 1:
+        batch = batch[0]
+    if not isinstance(batch, Tensor):
+        held = f" of {len(batch)}" if isinstance(batch, (list, tuple)) else ""
+        raise TypeError(f"source must give tensors [..., d_in], a batch each; it gave a {type(batch).__name__}{held}")
+    return batch.detach()
 
 
 def part_of(source: Source, part: int, parts: int) -> Source:
@@ -64,7 +76,7 @@ class _Part:
         )
 
     def next(self) -> Tensor:
-        batch = self.source.next()
+        batch = as_batch(self.source.next())
         return batch.reshape(-1, batch.shape[-1])[self.part :: self.parts]
 
 
