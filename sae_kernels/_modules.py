@@ -1,12 +1,26 @@
-"""Finding a module by its name, and the tensor within its output."""
+"""Finding a module by its name, and the tensor within its output; modules in eval mode for a while."""
 
 import copy
 import dataclasses
 import difflib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
+
+
+@contextmanager
+def evaluating(model: object) -> Iterator[None]:
+    """Eval mode inside the block, for every module of the model; each one's training flag comes back as it was."""
+    training = [m for m in model.modules() if m.training] if isinstance(model, nn.Module) else []
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def find_module(model: nn.Module, name: str) -> nn.Module:
@@ -20,6 +34,7 @@ def find_module(model: nn.Module, name: str) -> nn.Module:
     modules = dict(model.named_modules(remove_duplicate=False))
     del modules[""]
     if name in modules:
+        _check_not_inside_a_compiled_one(modules, name)
         return modules[name]
     if name == "":
         raise ValueError(f"'' is the whole model; name one of its modules: {_some(list(modules))}")
@@ -29,6 +44,17 @@ def find_module(model: nn.Module, name: str) -> nn.Module:
         f"{type(model).__name__} has no module {name!r}; "
         + (f"nearest: {_some(near + inside)}" if near or inside else f"it has: {_some(list(modules))}")
     )
+
+
+def _check_not_inside_a_compiled_one(modules: dict[str, nn.Module], name: str) -> None:
+    parts = name.split(".")
+    for outer in (".".join(parts[:n]) for n in range(1, len(parts))):
+        module = modules[outer]
+        if hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None:
+            raise ValueError(
+                f"module {outer!r}, which {name!r} is inside, is compiled, and ignores later hooks; name {outer!r} "
+                "itself, or compile after attaching"
+            )
 
 
 def _some(names: list[str], limit: int = 10) -> str:

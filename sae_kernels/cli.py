@@ -56,6 +56,7 @@ def main(argv: list[str] | None = None) -> int:
         return options.run(options)
     warnings.formatwarning = lambda message, *_: f"sae-kernels: {message}\n"
     try:
+        _check_device(getattr(options, "device", None))
         return options.run(options)
     except (ValueError, OSError, ImportError, FloatingPointError) as error:
         line = " ".join(str(error).split()) or type(error).__name__
@@ -64,6 +65,17 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt as error:
         print(f"\nsae-kernels {options.command}: {_after_interrupt(options, error)}", file=sys.stderr)
         return 130
+
+
+def _check_device(name: str | None) -> None:
+    import torch
+
+    try:
+        kind = "cpu" if name is None else torch.device(name).type
+    except RuntimeError:
+        raise ValueError(f"device {name!r} is not here; choose from cpu, cuda or cuda:1 and so on") from None
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device {name!r} is not here: torch {torch.__version__} finds no CUDA device")
 
 
 def _after_interrupt(options: argparse.Namespace, error: KeyboardInterrupt) -> str:

@@ -17,7 +17,7 @@ DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 def _count(text: str) -> int:
     number = float(text)
-    if number != int(number):
+    if not number.is_integer():
         raise ValueError(text)
     return int(number)
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 from hooked_models import RETURNS, TAKES, D, Sequence, Wrapped, amplify, hooks_of, make_sae, padded_ids
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from sae_kernels.hooks import attach, record
 
@@ -238,3 +239,55 @@ def test_attached_before_torch_compile():
         torch.testing.assert_close(compiled(x), model[1](sae(model[0].forward(x))), rtol=1e-5, atol=1e-5)
         assert handle.code.values.shape == (5, 6)
     torch._dynamo.reset()
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.lin = nn.Linear(D, D)
+
+    def forward(self, x):
+        return torch.relu(self.lin(x))
+
+
+@pytest.mark.parametrize("use", [record, lambda model, name: attach(model, name, make_sae())])
+@pytest.mark.parametrize("in_place", [True, False])
+def test_modules_inside_a_compiled_one_are_refused(use, in_place):
+    model = nn.Sequential(Block(), nn.Linear(D, 3))
+    if in_place:
+        model[0].compile(backend="eager")
+    else:
+        model[0] = torch.compile(model[0], backend="eager")
+    inside = "0.lin" if in_place else "0._orig_mod.lin"
+    with pytest.raises(ValueError, match=f"module '0', which '{inside}' is inside, is compiled"):
+        use(model, inside)
+    with record(model, "0") as rec, torch.no_grad():
+        model(torch.randn(5, D))
+    assert rec.activations.shape == (5, D)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_activation_checkpointing_runs_modules_again(reentrant):
+    """What is run again in backward is no new row, and its mask is still that of its own pass."""
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.head = nn.Sequential(nn.Linear(D, D), nn.ReLU(), nn.Linear(D, D)), nn.Linear(D, 3)
+
+        def forward(self, x):
+            return self.head(checkpoint(self.inner, x, use_reentrant=reentrant))
+
+    model, x, kept = Model(), torch.randn(64, D, requires_grad=True), torch.arange(64) % 3 > 0
+    with record(model, "inner.0", mask=lambda x: kept) as rec:
+        model(x).sum().backward()
+    torch.testing.assert_close(rec.activations, model.inner[0](x)[kept].detach())
+    sae, grads = make_sae(), []
+    for again in (True, False):
+        model.zero_grad()
+        with attach(model, "inner.0", sae, mask=lambda x: kept):
+            if not again:
+                model.forward = lambda x: model.head(model.inner(x))
+            model(x).sum().backward()
+        grads.append(model.inner[0].weight.grad.clone())
+    torch.testing.assert_close(*grads)

@@ -331,3 +331,14 @@ def test_demo_prints_its_tables(tmp_path, capsys, monkeypatch):
         assert wanted in out, wanted
     assert "elsa: 100%" in err and "SAE: 100%" in err
     assert (tmp_path / "run" / "report.html").is_file()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is here")
+def test_devices_that_are_not_here(tmp_path, acts, capsys):
+    for device, says in (("cuda", "finds no CUDA device"), ("foo", "choose from cpu, cuda")):
+        for command in (
+            ("train", acts, "--out", tmp_path / "o"),
+            ("extract", "--model", "m:make", "--inputs", acts, "--module", "0", "--out", tmp_path / "o"),
+        ):
+            assert says in refused(capsys, *command, "--device", device)
+    assert "invalid count value: 'inf'" in refused(capsys, "plan", "--rows", "inf", "--d-in", "4", "--d-sae", "8")

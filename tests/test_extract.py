@@ -47,6 +47,13 @@ def test_the_pass_ends_at_the_module_and_the_model_is_left_as_it_was(tmp_path):
     assert not model.encoder._forward_hooks and not model._forward_pre_hooks
 
 
+def test_every_mode_is_left_as_it_was(tmp_path):
+    model = nn.Sequential(nn.Linear(D, D), nn.BatchNorm1d(D)).train()
+    model[1].eval()
+    run(model, "0", torch.randn(20, D), tmp_path / "s")
+    assert model.training and model[0].training and not model[1].training
+
+
 def test_flat_outputs_have_no_position(tmp_path):
     model, x = Flat(), torch.randn(21, D)
     store = run(model, "1", x, tmp_path / "s", first_id=100)

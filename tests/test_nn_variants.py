@@ -99,6 +99,49 @@ def test_a_batch_without_rows_moves_no_threshold(cls):
     assert torch.equal(sae.threshold, first)
 
 
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("cls", [TopKSAE, BatchTopKSAE, JumpReLUSAE])
+def test_the_first_loss_compiles_as_one_graph(cls, weighted):
+    x = rows(64)
+    weight = (torch.arange(64) % 3).double() if weighted else None
+    plain, compiled = make(cls).train(), make(cls).train()
+    wanted = plain.loss(x, weight).loss
+    got = torch.compile(compiled.loss, backend="eager", fullgraph=not weighted)(x, weight).loss
+    torch.testing.assert_close(got, wanted)
+    if cls is not TopKSAE:
+        torch.testing.assert_close(compiled.threshold, plain.threshold)
+
+
+def test_a_threshold_keeps_its_precision_beside_narrow_weights():
+    """In bfloat16 the steps of a running mean would round to nothing."""
+    x = torch.randn(2000, 12, generator=torch.Generator().manual_seed(0))
+    found = []
+    for dtype in (torch.float32, torch.bfloat16):
+        sae = make(BatchTopKSAE, "none", dtype).train()
+        assert sae.threshold.dtype == torch.float32
+        for batch in (x * torch.linspace(3, 1, 2000).unsqueeze(1)).split(4):
+            sae.loss(batch.to(dtype))
+        found.append(sae.threshold.item())
+    assert found[1] == pytest.approx(found[0], rel=0.05)
+    exact = make(BatchTopKSAE, dtype=torch.float32)
+    exact.threshold.fill_(1 / 3)
+    value = exact.threshold.clone()
+    assert torch.equal(exact.bfloat16().threshold, value) and exact.threshold.dtype == torch.float32
+    assert exact.double().threshold.dtype == torch.float64 and exact.threshold == value
+    empty = exact.to("meta").to_empty(device="cpu")
+    assert empty.threshold.device.type == "cpu"
+
+
+def test_jumprelu_starts_on_the_weights_themselves_when_losses_are_computed_in_bfloat16():
+    x = 100 * torch.randn(1000, 12, generator=torch.Generator().manual_seed(0))
+    thresholds = []
+    for compute in (None, torch.bfloat16):
+        sae = make(JumpReLUSAE, "none", torch.float32)
+        fit(sae, x, steps=1, lr=1e-9, compute_dtype=compute, progress=False)
+        thresholds.append(sae.threshold.mean().item())
+    assert thresholds[1] == pytest.approx(thresholds[0], rel=0.02) and thresholds[0] > 10
+
+
 def test_jumprelu_loss_and_its_straight_through_gradient():
     """Against the formulas of the paper, written out dense."""
     sae, x = make(JumpReLUSAE, max_active=40, bandwidth=0.4, l0_coef=0.3), rows(200)

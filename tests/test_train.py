@@ -371,6 +371,35 @@ def test_masked_positions_never_enter():
     assert (torch.cat([unmasked.next() for _ in range(30)]) == table[0]).all(1).any()
 
 
+def test_a_source_that_is_ahead_of_the_checkpoint_goes_back(data, tmp_path):
+    """The same object again, after a run that died some steps after its checkpoint."""
+    net, batches = nn.Sequential(nn.Linear(D_IN, D_IN)), list(data.split(8))
+
+    def source():
+        return from_model(net, "0", batches, batch_size=8, buffer_batches=4)
+
+    def die(row):
+        if row["step"] == 15:
+            raise Killed
+
+    whole, again = run(source())[0], source()
+    with pytest.raises(Killed):
+        run(again, checkpoint=tmp_path / "run", checkpoint_every=10, log=die)
+    assert torch.equal(run(again, checkpoint=tmp_path / "run", resume=True)[0].W_enc, whole.W_enc)
+    iterator = IteratorSource(iter(batches))
+    for _ in range(3):
+        iterator.next()
+    with pytest.raises(ValueError, match="cannot go back from batch 3 to 1"):
+        iterator.load_state_dict({"drawn": 1})
+
+
+def test_model_source_leaves_every_mode_as_it_was():
+    net = nn.Sequential(nn.Linear(D_IN, D_IN), nn.BatchNorm1d(D_IN)).train()
+    net[1].eval()
+    from_model(net, "0", [torch.randn(64, D_IN)], batch_size=8, buffer_batches=2).next()
+    assert net.training and net[0].training and not net[1].training
+
+
 def test_model_source_mode_and_dry_mask():
     model = Model().train()
     source = from_model(model, "body", [torch.ones(2, 3, dtype=torch.int64)], mask=lambda ids: ids == 0, batch_size=4)

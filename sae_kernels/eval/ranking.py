@@ -1,11 +1,11 @@
 """Ranking metrics of a recommender on held-out targets: nDCG@k, Recall@k, hit rate; never users x items at once."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
+from .._modules import evaluating
 from ..data.histories import Histories
 
 Scorer = nn.Module | Callable[[Tensor], Tensor]
@@ -133,19 +133,6 @@ def score_batches(scorer: Scorer, histories: Histories, batch_size: int = 512) -
             if bool(bad.any()):
                 raise ValueError(f"scores of user row {int(rows[bad.cpu()][0])} contain NaN")
             yield rows, scores
-
-
-@contextmanager
-def evaluating(scorer: Scorer) -> Iterator[None]:
-    """Eval mode inside the block, for every module of the scorer; the training flags come back as they were."""
-    training = [m for m in scorer.modules() if m.training] if isinstance(scorer, nn.Module) else []
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def _score_function(scorer: Scorer, histories: Histories) -> Callable[[Tensor], Tensor]:

@@ -56,6 +56,11 @@ def last_position(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     return last, mask.any(-1)
 
 
+def in_backward() -> bool:
+    """Whether a backward pass is under way on this thread: modules that run now are run again, by checkpointing."""
+    return torch._C._current_graph_task_id() != -1
+
+
 class MaskSource:
     """The mask of the forward pass that is under way: a tensor, or what a callable makes of the model's own inputs."""
 
@@ -63,6 +68,7 @@ class MaskSource:
         if mask is not None and not callable(mask) and not isinstance(mask, Tensor):
             raise TypeError(f"{where}: mask must be a tensor, a callable or None, got {type(mask).__name__}")
         self.mask, self._where, self._running, self._computed = mask, where, False, None
+        self._last = None  # that of the pass before, which activation checkpointing may run again in backward
         self._handles = [
             model.register_forward_pre_hook(self._before, with_kwargs=True, prepend=True),
             model.register_forward_hook(self._after, always_call=True),
@@ -73,15 +79,16 @@ class MaskSource:
             self._computed, self._running = self.mask(*args, **kwargs), True
 
     def _after(self, model: nn.Module, args: tuple, output: Any) -> None:
-        self._computed, self._running = None, False
+        self._last, self._computed, self._running = self._computed, None, False
 
     def current(self, device: torch.device) -> Tensor | None:
         """The mask in force as bool on `device`, True where a position is real; None for no mask."""
         mask = self.mask
         if _is_function(mask):
-            if not self._running:
+            again = not self._running and self._last is not None and in_backward()
+            if not self._running and not again:
                 raise RuntimeError(f"{self._where}: mask takes the inputs of the model, and the model was not called")
-            mask = self._computed
+            mask = self._last if again else self._computed
         if mask is None:
             return None
         if not isinstance(mask, Tensor):

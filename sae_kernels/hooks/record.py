@@ -14,6 +14,7 @@ from ._target import (
     MaskSource,
     check_positions,
     check_rows,
+    in_backward,
     last_position,
     unnested,
 )
@@ -130,6 +131,8 @@ class record:
 
     def _hook(self, name: str):
         def store(module: nn.Module, args: tuple, output: Any) -> None:
+            if in_backward():
+                return
             where = f"record {name!r}"
             x = get_tensor(output, tensor_key(output, where, self._index, self._key))
             x, mask = unnested(x, self._source.current(x.device))

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from .._modules import evaluating
 from ..data.histories import Histories
-from ..eval.ranking import evaluating
 from ..nn.code import SparseCode
 from ..ops.activation_stats import ActivationStats
 

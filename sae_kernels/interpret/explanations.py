@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..eval.ranking import evaluating
+from .._modules import evaluating
 from ..nn import SparseCode
 from ..ops import _checks
 from ..steer.edits import suppress

@@ -21,8 +21,12 @@ def summed(t: Tensor, group: ProcessGroup | None) -> Tensor:
     return total
 
 
-def mean_of_those_with_rows(t: Tensor, rows: int, group: ProcessGroup | None) -> tuple[Tensor, Tensor]:
-    """The mean of t over the processes that have rows, and 1 where there is any, else 0: both []."""
-    some = t.new_full((), float(rows > 0))
+def mean_of_those_with_rows(
+    t: Tensor, x: Tensor, weight: Tensor | None, group: ProcessGroup | None
+) -> tuple[Tensor, Tensor]:
+    """The mean of t [] over the processes whose x [N, d] has rows, of weight [N] above 0; and 1 where there is such a
+    process, else 0."""
+    # a tensor's answer, also in a compiled graph whose number of rows is a symbol
+    some = t.new_ones(x.shape[0]).sum().clamp(max=1) if weight is None else (weight > 0).any().to(t.dtype)
     total = summed(torch.stack([t * some, some]), group)
     return total[0] / total[1].clamp(min=1), total[1].clamp(max=1)

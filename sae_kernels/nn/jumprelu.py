@@ -64,12 +64,19 @@ class JumpReLUSAE(TopKSAE):
         self._check_input(x)
         self._start(self.normalizer(x.reshape(-1, self.d_in))[0].to(self.W_enc.dtype))
 
+    def prepare(self, x: Tensor) -> None:
+        """Sets the thresholds on the first batch, where loss(x) will see copies of the weights alone."""
+        if self.training and not self.started:
+            self.init_threshold(x)
+
     @torch.no_grad()
-    def _start(self, x: Tensor) -> None:
+    def _start(self, x: Tensor, weight: Tensor | None = None) -> None:
         x, b_enc = self._encoder_input(x)
-        threshold = batch_topk_encode(x, self.W_enc, b_enc, self.k, max_active=self.max_active)[3]
-        threshold, some = mean_of_those_with_rows(threshold, len(x), self.data_group)
-        if not bool(some):
+        rows = x if weight is None else x[weight > 0]
+        threshold = batch_topk_encode(rows, self.W_enc, b_enc, self.k, max_active=self.max_active)[3]
+        threshold, some = mean_of_those_with_rows(threshold, x, weight, self.data_group)
+        # the device is asked only where the answer is not at hand
+        if not torch.compiler.is_compiling() and len(rows) == 0 and (self.data_group is None or not bool(some)):
             return
         self.log_threshold.fill_(1).mul_(threshold.clamp(min=torch.finfo(torch.float16).tiny).log())
         self.started = True
@@ -82,7 +89,7 @@ class JumpReLUSAE(TopKSAE):
         if not self.training:
             return super()._choose_to_train(x, weight)
         if not self.started:
-            self._start(x if weight is None else x[weight > 0])
+            self._start(x, weight)
         x, b_enc = self._encoder_input(x)
         threshold = self.threshold
         lowest = threshold * (1 - self.bandwidth / 2)

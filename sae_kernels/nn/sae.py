@@ -183,6 +183,9 @@ class TopKSAE(nn.Module):
         """x [..., d_in] -> x_hat, of x's shape and dtype."""
         return self.decode(self.encode(x))
 
+    def prepare(self, x: Tensor) -> None:
+        """What has to be done to the weights themselves before loss(x)."""
+
     def loss(self, x: Tensor, weight: Tensor | None = None) -> SAELoss:
         """The training loss of x [..., d_in], in the space in which x was normalised.
 

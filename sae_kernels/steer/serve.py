@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from .._modules import evaluating
 from ..data.histories import Histories
-from ..eval.ranking import evaluating
 from ..nn import SparseCode, TopKSAE
 from ..ops import _checks
 from ..ops.topk_encode import topk_encode

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from .._modules import evaluating
 from .._seed import mix_seed
 
 
@@ -192,6 +193,10 @@ class IteratorSource:
             self.batches.load_state_dict(state["inner"])
             self._drawn = state["drawn"]
             return
+        if self._drawn > state["drawn"]:
+            if isinstance(self.batches, Iterator):
+                raise ValueError(f"source: an iterator cannot go back from batch {self._drawn} to {state['drawn']}")
+            self._iterator, self._drawn = None, 0
         while self._drawn < state["drawn"]:
             self.next()
 
@@ -238,16 +243,12 @@ class ModelSource:
     def _record(self, inputs: Any) -> Tensor:
         from ..hooks import record
 
-        training = self.model.training
-        self.model.eval()
-        try:
-            with torch.no_grad(), record(self.model, self.name, mask=self.mask, positions=self.positions) as rec:
-                if isinstance(inputs, dict):
-                    self.model(**inputs)
-                else:
-                    self.model(*inputs) if isinstance(inputs, (tuple, list)) else self.model(inputs)
-        finally:
-            self.model.train(training)
+        taken = record(self.model, self.name, mask=self.mask, positions=self.positions)
+        with evaluating(self.model), torch.no_grad(), taken as rec:
+            if isinstance(inputs, dict):
+                self.model(**inputs)
+            else:
+                self.model(*inputs) if isinstance(inputs, (tuple, list)) else self.model(inputs)
         return rec.activations
 
     def _fill(self) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..._modules import evaluating
 from ...hooks import record
 from ...nn import TopKSAE
 from ..store.manifest import Field
@@ -69,16 +70,16 @@ class Recipe:
         self.device = _device(self.model, device, sae)
         to = dtype if sae is None else None
         self._record = record(self.model, module, mask=mask, positions=positions, to=to, **self._output)
-        self._training, self._constant, self._probed = False, {}, None
+        self._eval, self._constant, self._probed = None, {}, None
         self.first = ""
 
     def __enter__(self) -> "Recipe":
-        self._training = self.model.training
-        self.model.eval()
+        self._eval = evaluating(self.model)
+        self._eval.__enter__()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.model.train(self._training)
+        self._eval.__exit__(None, None, None)
 
     def probe(self, batch: Batch) -> Recorded:
         """rows(batch), but through the whole model: ValueError where the module does not run just once in a pass.
