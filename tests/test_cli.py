@@ -264,8 +264,8 @@ def test_info(capsys):
         )
     ops = {"topk_encode", "threshold_encode", "batch_topk_encode", "sparse_decode", "sae_loss", "ActivationStats"}
     assert set(facts["gpu_verified"]) == ops
-    assert facts["gpu_verified"]["topk_encode"] == "NVIDIA H200"
-    for op in ("threshold_encode", "batch_topk_encode"):
+    assert facts["gpu_verified"]["sparse_decode"] == "NVIDIA H200"
+    for op in ("topk_encode", "threshold_encode", "batch_topk_encode"):
         assert facts["gpu_verified"][op] == "NVIDIA H200 (timed before its kernels changed)"
     with backend("reference"):
         assert info()["backend"] == "reference" and "forced" in format_info(info())

@@ -70,6 +70,16 @@ def test_chunks_of_rows_and_latents(monkeypatch, activation):
         assert_same(got, reference.topk_encode(x, W, b, k, ACTIVATIONS[activation], latent_mask))
 
 
+@pytest.mark.parametrize("k", [33, 64, 150])
+def test_chunks_that_together_have_fewer_than_k(monkeypatch, k):
+    """What a chunk in the middle adds to too few is kept."""
+    monkeypatch.setattr(tuning, "slab_shape", lambda rows, d_sae, nbytes: (min(rows, 4), min(d_sae, 7)))
+    x, W, b = small_integers(3, 9, 200, torch.float32)
+    for mask in (None, torch.arange(200) % 3 > 0):
+        got = encode(x, W, b, k, 1, mask)
+        assert_same(got, reference.topk_encode(x, W, b, k, "none", mask))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_random(dtype):
     g = torch.Generator().manual_seed(3)

@@ -5,7 +5,7 @@ from functools import partial
 import cuda_library
 import pytest
 import torch
-from test_topk_encode import assert_is_topk, small_integers
+from test_topk_encode import assert_is_topk, in_two_columns_of_eight, small_integers
 
 from sae_kernels.cuda import threshold_encode as limited
 from sae_kernels.cuda import topk_encode as kernel
@@ -80,6 +80,32 @@ def test_adversarial_orders(kind):
     x, W = x.bfloat16(), W.bfloat16()
     for activation, name in enumerate(ACTIVATIONS):
         assert_same(encode(x, W, None, k, activation, None), reference.topk_encode(x, W, None, k, name))
+
+
+@pytest.mark.parametrize("k", [33, 40, 41, 64, 128])
+def test_one_full_segment_of_a_row_that_has_fewer_than_k(k):
+    """Its cut leaves them all, and rules nothing out as long as there are fewer than k."""
+    x, W = in_two_columns_of_eight(1024)
+    assert_same(encode(x, W, None, k, 0, None), reference.topk_encode(x, W, None, k))
+    got = above(x, W, None, torch.zeros(1), k, 0, None)
+    assert_same(got, reference.threshold_encode(x, W, None, torch.zeros(1), k))
+
+
+@pytest.mark.parametrize("slots", [64, 128, 200, 256])
+def test_a_row_that_has_all_buffers_of_its_block_cut(slots):
+    """The first one passes with everything, the others with a few or many of every fourth latent, in descending order:
+    they have fewer than all slots when it happens.
+    """
+    f = torch.arange(1024)
+    W = torch.stack([torch.ones(1024), torch.where(f % 4 == 0, 240 - f // 8, -1)], 1).bfloat16()
+    x = torch.stack([-torch.linspace(236, 110, 40).round(), torch.ones(40)], 1).bfloat16()
+    x[0] = torch.tensor([64, 0])
+    want = reference.threshold_encode(x, W, None, torch.zeros(1), slots)
+    counts = want[2].tolist()
+    assert max(counts) == 1024 and sum(0 < count < slots for count in counts) >= 3
+    got = above(x, W, None, torch.zeros(1), slots, 0, None)
+    assert_same(got, want)
+    assert torch.equal(got[2], want[2])
 
 
 @pytest.mark.parametrize("activation", range(3))

@@ -7,7 +7,7 @@ from functools import partial
 import cuda_library
 import pytest
 import torch
-from test_topk_encode import assert_is_topk, small_integers
+from test_topk_encode import assert_is_topk, in_two_columns_of_eight, small_integers
 
 from sae_kernels.cuda import topk_encode as kernel
 from sae_kernels.kernels import tuning
@@ -46,6 +46,12 @@ def test_ties_index_for_index(monkeypatch, dtype, rows, d_in, d_sae, k, activati
     for shift in (0, 400):  # few or no positive latents: the lowest latents fill up
         got = encode(x, W, b - shift, k, activation, None)
         assert_same(got, reference.topk_encode(x, W, b - shift, k, ACTIVATIONS[activation]))
+
+
+@pytest.mark.parametrize("k", [33, 64, 100, 128])
+def test_one_full_segment_of_a_row_that_has_fewer_than_k(k):
+    x, W = in_two_columns_of_eight(1024, 8)
+    assert_same(encode(x, W, None, k, 0, None), reference.topk_encode(x, W, None, k))
 
 
 @pytest.mark.parametrize("at_once", [1, 2**26])

@@ -25,6 +25,20 @@ def small_integers(rows, d_in, d_sae, dtype, seed=0):
     return x, W, b
 
 
+def in_two_columns_of_eight(d_sae, d_in=2):
+    """x [1, d_in] and W whose latents are above 0, in descending order, where f % 8 is 0 or 1: to a kernel that deals a
+    row's latents out to several buffers, all that passes goes into one of them.
+    """
+    f = torch.arange(d_sae)
+    scores = torch.full((d_sae,), -1.0)
+    scores[f % 8 < 2] = torch.arange(int((f % 8 < 2).sum()), 0, -1).float()
+    W = torch.zeros(d_sae, d_in)
+    W[:, 0], W[:, 1] = scores // 32 * 32, scores - scores // 32 * 32  # exact in bfloat16
+    x = torch.zeros(1, d_in)
+    x[:, :2] = 1
+    return x.bfloat16(), W.bfloat16()
+
+
 def oracle_scores(x, W, b, activation):
     pre = linear(x.double(), W.double(), None if b is None else b.double())
     return pre, {"relu": pre.relu(), "none": pre, "abs": pre.abs()}[activation]

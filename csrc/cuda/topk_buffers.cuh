@@ -175,7 +175,7 @@ __device__ __forceinline__ void cut_full_rows(const RowArgs& a, unsigned (&full)
     const int kept = cut_row<Keys>(a, rows, quad + 8 * half, buffers, most, bound);
     if (lane / 4 != quad) continue;
     rows.deal(half, kept);
-    if (bound == kNanOrder) continue;
+    if (kept < a.k || bound == kNanOrder) continue;  // while there are fewer than k, no latent is out
     if (half) rows.bound[1] = score_at(bound);
     else rows.bound[0] = score_at(bound);
   }

@@ -207,11 +207,12 @@ __device__ void select_best_of_warp(const SelectArgs& a, const float* row, int64
   WarpBuffer<P, Act> best{a, entries};
   if (a.filled) best.refill(a.keys + number * a.k);
   else best.raise_to(group_bound<P, V, Act>(a, row, lane, nullptr));
+  const bool was_full = best.full;
   if (a.mask) add_columns<true, P, V, Act>(a, row, best);
   else add_columns<false, P, V, Act>(a, row, best);
   if (best.trimmed && lane == 0) atomicAdd(a.trims, 1);
   const bool more = __reduce_add_sync(kAllLanes, best.used) > a.k * best.kStep;
-  if (a.filled && !more && !best.trimmed && !a.last) return;  // as before
+  if (was_full && !more && !best.trimmed && !a.last) return;  // as before
   const int kept = best.trim(a.k);
   for (int j = lane; j < kept; j += kWarp) entries[j] = best(entries[j]);
   __syncwarp();
@@ -237,9 +238,10 @@ __device__ void select_best_of_block(const SelectArgs& a, const float* row, int6
     bound = group_bound<P, V, Act>(a, row, lane, partial);
     best.set_count(0, lane);
   }
+  const bool was_full = best.count == a.k;
   add_columns<P, V, Act>(a, row, bound, lane, best);
   if (best.trimmed && lane == 0) atomicAdd(a.trims, 1);
-  if (a.filled && best.count <= a.k && !best.trimmed && !a.last) return;  // as before
+  if (was_full && best.count <= a.k && !best.trimmed && !a.last) return;  // as before
   sort_descending<P>(keys, best.count, a.k, lane);
   for (int j = lane; j < a.k; j += P::kTeam) {
     const int64_t at = number * a.k + j;
