@@ -156,7 +156,8 @@ def _hugging_face(options: argparse.Namespace) -> tuple[Any, Any, dict[str, Any]
         return lambda: HuggingFace.load(options.hf), None, known
     if options.inputs is None or options.columns is None or len(options.columns) != 1:
         raise ValueError("--hf needs --inputs, a .parquet or .csv file, and --columns with the name of its texts")
-    texts = read_table(Path(options.inputs), options.columns)[options.columns[0]].tolist()
+    columns = options.columns
+    texts = read_table(Path(options.inputs), columns, columns, as_they_stand=True)[columns[0]].tolist()
     inputs = text_inputs(texts, options.hf, options.batch_size, options.max_tokens)
     return _on(options, lambda: HuggingFace.load(options.hf)), inputs, known
 

@@ -158,7 +158,7 @@ def test_wrong_rows(tmp_path):
     assert writer.store.rows == 0
     with pytest.raises(ValueError, match="shard_rows must be at least 1, got 0"):
         RowWriter(tmp_path / "t", D, shard_rows=0)
-    with pytest.raises(ValueError, match="dtype must be one of torch.float64.*, got torch.int8"):
+    with pytest.raises(ValueError, match="dtype must be one of torch.float32.*, got torch.int8"):
         RowWriter(tmp_path / "t", D, dtype=torch.int8)
     with pytest.raises(ValueError, match="d must be at least 1, got 0"):
         RowWriter(tmp_path / "t", 0)

@@ -49,7 +49,10 @@ def run(
     A KeyboardInterrupt ends the run early and quietly: the rows measured so far are returned.
     """
     plan = list(_plan(ops, cases, full))
-    check_device(device)
+    if device != "cpu" and not (device.startswith("cuda") and torch.cuda.is_available()):
+        raise ValueError(
+            f"device {device!r} is not here; choose from cpu{', cuda' if torch.cuda.is_available() else ''}"
+        )
     chosen = chosen_providers(providers, full, device)
     budget = seconds_per_cell or (4.0 if full else 2.0)
     rows: list[Row] = []
@@ -346,14 +349,6 @@ class Cells:
         return rows
 
 
-def check_device(device: str) -> None:
-    """Raises ValueError where it is not here."""
-    if device != "cpu" and not (device.startswith("cuda") and torch.cuda.is_available()):
-        raise ValueError(
-            f"device {device!r} is not here; choose from cpu{', cuda' if torch.cuda.is_available() else ''}"
-        )
-
-
 def main(options) -> int:
     """What `sae-kernels bench` does with its parsed options."""
     from . import scaling
@@ -371,7 +366,6 @@ def main(options) -> int:
         given = [f"--{name}" for name in ("op", "case", "provider", "base") if getattr(options, name)]
         if given:
             raise ValueError(f"--scaling has operations and sizes of its own and takes no {' or '.join(given)}")
-        check_device(options.device)
         scaling.measure_all(out, device=options.device)
         return 0
     rows = run(

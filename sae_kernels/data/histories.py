@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..recommenders._bags import distinct, multi_hot, pad_left, row_ids, take
+from ..recommenders._bags import distinct, keep, multi_hot, pad_left, row_ids, take
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,9 +121,7 @@ class Histories:
         if kept.dtype != torch.bool or kept.shape != self.flat.shape:
             came = f"{kept.dtype} {tuple(kept.shape)}"
             raise ValueError(f"Histories.filter: kept must be bool [{self.flat.numel()}], got {came}")
-        counts = torch.zeros(kept.numel() + 1, dtype=torch.int64, device=kept.device)
-        torch.cumsum(kept, 0, out=counts[1:])
-        return Histories(self.flat[kept], counts[self.offsets], self.n_items)
+        return Histories(*keep(self.flat, self.offsets, kept), self.n_items)
 
     def distinct(self) -> "Histories":
         """The same users with every item once, where it first stands."""

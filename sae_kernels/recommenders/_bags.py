@@ -28,7 +28,12 @@ def distinct(flat: Tensor, offsets: Tensor, n_items: int) -> tuple[Tensor, Tenso
         return flat, offsets
     kept = torch.ones_like(pairs, dtype=torch.bool)
     kept[order[1:]] = ~again
-    counts = torch.zeros(kept.numel() + 1, dtype=torch.int64, device=flat.device)
+    return keep(flat, offsets, kept)
+
+
+def keep(flat: Tensor, offsets: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
+    """The same rows with only the entries of flat where kept [nnz] bool is True."""
+    counts = torch.zeros(kept.numel() + 1, dtype=torch.int64, device=kept.device)
     torch.cumsum(kept, 0, out=counts[1:])
     return flat[kept], counts[offsets]
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..._seed import mix_seed
+from ...ops._checks import FLOATS
 from . import shards as shard_files
 from .files import open_files
 from .manifest import (
@@ -35,7 +36,6 @@ RESERVE = 16 << 20
 # read at once: each has the statistics of its shard
 RECORDS = 64
 FIRST_BATCH = "first_batch"  # of a plan: a digest, which manifests of earlier versions do not have
-FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 class StoreWriter:
