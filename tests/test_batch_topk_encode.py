@@ -92,7 +92,7 @@ def test_guesses_that_fail(monkeypatch, order):
     if order == "strong rows last":
         x[200:] *= 8
     elif order == "strong rows between the sampled":
-        x[::4] *= 8  # every fourth row is looked at for the guess
+        x[::5] *= 8  # every fifth row is looked at for the guess
     elif order == "few fire":
         b = b - 20
     elif order == "none fires":

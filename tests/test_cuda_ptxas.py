@@ -23,7 +23,9 @@ def threads(kernel: str) -> int:
         return 1024
     if kernel.startswith("topk_encode_rows"):
         return 256  # and more, where fewer registers are left to each
-    return 256 if kernel.startswith(("write_", "carry_", "count_", "mark_", "merge_")) else 128
+    if kernel.startswith("guess_from"):
+        return 32
+    return 256 if kernel.startswith(("write_", "carry_", "count_", "mark_", "merge_", "sample_")) else 128
 
 
 def test_no_kernel_spills_or_outgrows_a_chip():
@@ -61,6 +63,7 @@ KERNELS |= {"decode_rows", "dot_rows", "sum_runs", "join_runs"}
 KERNELS |= {"add_entries", "carry_limbs", "count_bins", "count_pairs"}
 KERNELS |= {"mark_candidates", "merge_candidates", "mark_fired"}
 KERNELS |= {"count_digits", "choose_digit", "split_rows", "write_kept", "merge_strips"}
+KERNELS |= {"sample_rows", "guess_from"}
 SAMPLE = """
 #include "cuda/latent_sums.cuh"
 #include "cuda/topk_select.cuh"

@@ -1,6 +1,7 @@
 """The fused CUDA encoder, which writes no pre-activations, against the fp64 oracle: on a GPU or on the CPU."""
 
 from functools import partial
+from types import SimpleNamespace
 
 import cuda_library
 import pytest
@@ -158,6 +159,91 @@ def test_thresholds(per_latent, activation):
         want = reference.threshold_encode(x, W, b, threshold, max_active, ACTIVATIONS[activation])
         assert_same(got, want)
         assert torch.equal(got[2], want[2]) and want[2].max() > 0
+
+
+@pytest.fixture
+def guesses(monkeypatch):
+    """Every call guesses from 40 rows; gives of each the rows that were left to the second try, and the guess."""
+    told, op = [], kernel._ops.cuda_topk_encode_fused
+    monkeypatch.setattr(kernel, "_GUESS_ROWS", 40)
+    monkeypatch.setattr(kernel, "_FEWEST_ROUNDS", 0)
+
+    def spy(*args):
+        op(*args)
+        numbers, norms = args[6:8]
+        left = numbers[: numbers[-1].item()].tolist()
+        assert len(set(left)) == len(left)
+        told.append((left, norms[-1].item()))
+
+    monkeypatch.setattr(kernel, "_ops", SimpleNamespace(cuda_topk_encode_fused=spy))
+    return told
+
+
+@pytest.mark.parametrize("d_in, activation, k", [(40, 0, 9), (100, 1, 9), (200, 0, 60)])
+def test_bounds_that_are_guessed(guesses, d_in, activation, k):
+    """More rows than the blocks take at a time. Of those that the guess was too high for, just these come again: here
+    every twentieth, whose scores are half as high for its norm, and what the others' spread brings.
+    """
+    x, W, b = small_integers(270, d_in, 192, torch.bfloat16)
+    W[:, -1] = 0
+    others = torch.arange(270) % 20 > 0
+    x[:, -1] = torch.where(others, 0, 2 * x.float().norm(dim=1)).bfloat16()
+    want = reference.topk_encode(x, W, b, k, ACTIVATIONS[activation])
+    assert_same(encode(x, W, b, k, activation, None), want)
+    ((left, guess),) = guesses
+    bound = guess * x.double().norm(dim=1)
+    certain = (want[0][:, -1] - bound).abs() > 1e-3 * bound  # rounding apart
+    missed = want[0][:, -1] < bound
+    assert guess > 0 and {*missed.logical_and(certain).nonzero()[:, 0].tolist()} <= {*left}
+    assert {*left} <= {*missed.logical_or(~certain).nonzero()[:, 0].tolist()}
+
+
+def test_a_sample_that_misleads(guesses, monkeypatch):
+    """The rows of the sample reach far higher than the others: all of these come again."""
+    x, W, b = small_integers(90, 40, 192, torch.float16)
+    W[:, :8], x[:, :8] = 0, 0
+    share = 90 // 40
+    sampled = torch.tensor([i * share + (i * 2654435769 % 2**32 >> 8) % share for i in range(40)])
+    x[:, 0] = 2000
+    x[sampled, 0] = 0
+    assert_same(encode(x, W, b, 20, 0, None), reference.topk_encode(x, W, b, 20))
+    ((left, guess),) = guesses
+    assert guess > 0 and {*range(90)} - {*sampled.tolist()} <= {*left}
+
+
+@pytest.mark.parametrize("case", ["few fire", "zero rows", "nan", "infinite", "norm overflows"])
+@pytest.mark.parametrize("activation", [0, 1])
+def test_rows_that_no_guess_fits(guesses, activation, case):
+    x, W, b = small_integers(70, 40, 192, torch.bfloat16)
+    if case == "few fire":
+        b = b - 400
+    elif case == "zero rows":
+        x[::3] = 0
+    elif case == "nan":
+        x[::7, 3] = torch.nan
+    elif case == "infinite":
+        x[5, 3] = torch.inf
+        W = W.abs() + 1
+    else:
+        x[::9] *= 2.0**100
+    got, want = encode(x, W, b, 20, activation, None), reference.topk_encode(x, W, b, 20, ACTIVATIONS[activation])
+    if case == "norm overflows":  # in float32 and float64 the same latents, but not all of them the same sums
+        got, want = ([v.float() for v in code] for code in (got, want))
+    assert_same(got, want)
+    ((left, guess),) = guesses
+    if case == "few fire" and activation == 0:
+        assert guess == 0 and not left
+
+
+def test_where_it_pays_to_guess(monkeypatch):
+    monkeypatch.undo()
+    layout = kernel.FusedLayout(groups=3, stages=5, sample=64, image_bytes=0)
+    monkeypatch.setattr(kernel, "_gpu_of", lambda device: kernel.Gpu(232448, True, 132))
+    least = 8 * 3 * 64 * 132
+    x = torch.zeros(1, dtype=torch.bfloat16).expand(least, 64)
+    assert kernel.pays_to_guess(x, 0, layout) and kernel.pays_to_guess(x, 1, layout)
+    assert not kernel.pays_to_guess(x, 2, layout) and not kernel.pays_to_guess(x[1:], 0, layout)
+    assert not kernel.pays_to_guess(x[:1].expand(2**31, 64), 0, layout)
 
 
 def test_two_runs_agree_bit_for_bit():

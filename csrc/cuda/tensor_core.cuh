@@ -28,11 +28,12 @@ struct Line { const unsigned char *at, *zeros; };
 __device__ __forceinline__ uint16_t one_of(bf16) { return 0x3f80; }
 __device__ __forceinline__ uint16_t one_of(fp16) { return 0x3c00; }
 
-// Depth 64 KC of the 16 rows from `row` on. x [rows, d_in], d_in even; what lies outside is 0.
+// Depth 64 KC of 16 rows of x [., d_in], d_in even; what lies outside is 0.
 template <class T, int KC> struct RowTile {
   uint32_t at[4 * KC][4], ones[4];  // ones: a line of them
 
-  __device__ __forceinline__ void load(const T* x, int64_t row, int64_t rows, int d_in) {
+  // number: of the rows that the lane has a part in, l / 4 and l / 4 + 8 of the warp's; -1: there is none.
+  __device__ __forceinline__ void load(const T* x, const int64_t (&number)[2], int d_in) {
     const int lane = threadIdx.x % kWarp;
     ones[0] = ones[1] = lane % 4 == 0 ? one_of(T{}) : 0;
     ones[2] = ones[3] = 0;
@@ -41,10 +42,22 @@ template <class T, int KC> struct RowTile {
     for (int step = 0; step < 4 * KC; ++step)
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const int64_t r = row + lane / 4 + 8 * (i % 2);
+        const int64_t r = number[i % 2];
         const int d = 16 * step + 2 * (lane % 4) + 8 * (i / 2);
-        at[step][i] = r < rows && d < d_in ? *reinterpret_cast<const uint32_t*>(x + r * d_in + d) : 0;
+        at[step][i] = r >= 0 && d < d_in ? *reinterpret_cast<const uint32_t*>(x + r * d_in + d) : 0;
       }
+  }
+  // The sum of the squares of what the lane has of its lower (0) or upper (1) row.
+  __device__ __forceinline__ float squares(int half) const {
+    float sum = 0;
+#pragma unroll
+    for (int step = 0; step < 4 * KC; ++step)
+#pragma unroll
+      for (int i = half; i < 4; i += 2) {
+        const float low = to_acc(T{uint16_t(at[step][i])}), high = to_acc(T{uint16_t(at[step][i] >> 16)});
+        sum += low * low + high * high;
+      }
+    return sum;
   }
 };
 

@@ -6,14 +6,24 @@
 
 namespace sae_kernels {
 
+struct RowList { int32_t *at, *size; };  // numbers of rows, and how many they are
+
 // What the kernels that feed it have in common.
 struct RowArgs {
-  int32_t* passed;  // [rows], or null: how many are above their limits
-  void* values;     // [rows, k]
-  int32_t* indices; // [rows, k]
+  int32_t* passed;     // [rows], or null: how many are above their limits
+  void* values;        // [rows, k]
+  int32_t* indices;    // [rows, k]
   int64_t rows;
+  RowList only;        // the rows to take. No size: all of them; no numbers: the first ones
+  const float* guess;  // [1], or null: where above 0, a row's first bound is so many times its norm
+  RowList left;        // with a guess: gets the rows that have fewer than k at or above it, and they nothing
   int d_sae, k, activation;
   Out dtype;
+
+  __device__ __forceinline__ float guessed() const { return guess ? *guess : 0; }
+  __device__ __forceinline__ int64_t size() const { return only.size ? *only.size : rows; }
+  // The number of the i-th row to take.
+  __device__ __forceinline__ int64_t row_at(int64_t i) const { return only.at ? only.at[i] : i; }
 };
 
 constexpr int kGroupWarps = 4, kWarpRows = 16, kGroupRows = kGroupWarps * kWarpRows;
@@ -120,7 +130,7 @@ template <class Pool> __device__ __forceinline__ void begin_rows(const RowArgs& 
   rows.begin = pool.place_of(buffers + lane);
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    const bool live = first_row + lane / 4 + 8 * half < a.rows;
+    const bool live = first_row + lane / 4 + 8 * half < a.size();
     // where scores are lower still, the lowest latents fill up
     rows.bound[half] = !live ? kInfinity : a.activation == kNone ? kLowest : kLeast;
     rows.next[half] = rows.begin;

@@ -73,11 +73,15 @@ template <class Rows> __device__ __forceinline__ int entries_of(const Rows& rows
   return __shfl_sync(kAllLanes, row_sum(rows.count(row / 8)), row % 8 * 4);
 }
 
-// The end of one row: its k best keys, in order.
+// The end of one row: its k best keys, in order; or it is left.
 template <int Keys, class Rows>
 __device__ void finish_row(const RowArgs& a, const Rows& rows, int row, int64_t first_row, uint64_t* buffers) {
-  const int64_t begin = (first_row + row) * a.k;
-  if (first_row + row >= a.rows) return;
+  if (first_row + row >= a.size()) return;
+  const int64_t number = a.row_at(first_row + row), begin = number * a.k;
+  if (a.guessed() > 0 && entries_of(rows, row) < a.k) {
+    if (lane_now() == 0) a.left.at[atomicAdd(a.left.size, 1)] = static_cast<int32_t>(number);
+    return;
+  }
   best_keys<Keys, true>(a, rows, row, buffers, 0, a.d_sae, [&](int j, uint64_t key) {
     write_code(a.values, a.indices, a.dtype, begin + j, key, a.activation == kAbs);
   });
@@ -89,6 +93,7 @@ template <int Keys, int N, class Rows> __device__ __forceinline__ unsigned finis
     const RowArgs& a, const Rows& rows, int64_t first_row, const uint64_t* buffers) {
   constexpr int kKeys = 4, kAtOnce = kKeys / N;
   const int lane = lane_now();
+  const int64_t size = a.size();
   unsigned others = 0;
 #pragma unroll 1
   for (int first = 0; first < kWarpRows; first += kAtOnce) {
@@ -106,8 +111,8 @@ template <int Keys, int N, class Rows> __device__ __forceinline__ unsigned finis
 #pragma unroll
     for (int i = 0; i < kKeys; ++i) {
       const int row = first + i / N, at = i % N * kWarp + lane;
-      if (at < a.k && first_row + row < a.rows && !(odd >> row & 1))
-        write_code(a.values, a.indices, a.dtype, (first_row + row) * a.k + at, key[i], a.activation == kAbs);
+      if (at < a.k && first_row + row < size && !(odd >> row & 1))
+        write_code(a.values, a.indices, a.dtype, a.row_at(first_row + row) * a.k + at, key[i], a.activation == kAbs);
     }
   }
   return others;

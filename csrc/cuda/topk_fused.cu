@@ -1,6 +1,7 @@
 // Launcher of the encoder that writes no pre-activations; sae_kernels/cuda/topk_encode.py says when it runs.
 #include "cuda/launch.h"
 #include "cuda/topk_fused.cuh"
+#include "cuda/topk_guess.cuh"
 
 namespace sae_kernels {
 namespace {
@@ -10,9 +11,10 @@ constexpr int kFewest = 40;  // the largest k of small buffers: with more they w
 
 template <class T, int KC, int Keys> void launch_fused(const FusedArgs& args, int groups, const Tensor& x) {
   const bool general = Keys == kMostKeys || args.activation == kAbs || args.passed;
+  const int64_t lots = ceil_div(args.rows, groups * kGroupRows);
+  const int64_t blocks = general ? lots : std::min<int64_t>(lots, device_of(x).processors);
   launch(general ? topk_encode_rows<T, KC, Keys, true> : topk_encode_rows<T, KC, Keys, Keys == kMostKeys>,
-         grid_of(ceil_div(args.rows, int64_t(groups) * kGroupRows)), fused_threads(groups), args, x,
-         fused_bytes<Keys>(groups, args.stages));
+         grid_of(blocks), fused_threads(groups), args, x, fused_bytes<Keys>(groups, args.stages));
 }
 
 template <class T, int KC> void launch_for_k(const FusedArgs& args, int groups, const Tensor& x) {
@@ -21,19 +23,44 @@ template <class T, int KC> void launch_for_k(const FusedArgs& args, int groups, 
   else launch_fused<T, KC, kMostKeys>(args, groups, x);
 }
 
-template <class T>
-void launch_for_depth(const FusedArgs& args, const ArrangeArgs& weights, int groups, const Tensor& x) {
-  launch(arrange_weights<T>, grid_of(args.tiles), kArrangeThreads, weights, x);
-  if (weights.chunks == 1) launch_for_k<T, 1>(args, groups, x);
-  else if (weights.chunks == 2) launch_for_k<T, 2>(args, groups, x);
+template <class T> void launch_for_depth(const FusedArgs& args, int groups, const Tensor& x) {
+  if (args.d_in <= kTileDepth) launch_for_k<T, 1>(args, groups, x);
+  else if (args.d_in <= 2 * kTileDepth) launch_for_k<T, 2>(args, groups, x);
   else launch_for_k<T, 4>(args, groups, x);
+}
+
+// A guess from a sample; all rows by it; those again that have less. The second and the third wait for nobody: how many
+// rows there are to take stands in memory.
+template <class T>
+void launch_guessing(const FusedArgs& args, GuessArgs guess, int groups, const Tensor& x) {
+  launch(sample_rows, grid_of(ceil_div(guess.n, kGuessThreads)), kGuessThreads, guess, x);
+  FusedArgs some = args, all = args;
+  some.rows = guess.n;
+  some.only = guess.sample;
+  some.norms = const_cast<float*>(guess.norms);
+  launch_for_depth<T>(some, 1, x);
+  launch(guess_from<T>, grid_of(1), kWarp, guess, x);
+  all.guess = guess.guess;
+  all.left = guess.sample;
+  launch_for_depth<T>(all, groups, x);
+  some.rows = args.rows;
+  some.norms = nullptr;
+  launch_for_depth<T>(some, 1, x);
+}
+
+template <class T> void encode(const FusedArgs& args, const ArrangeArgs& weights, const GuessArgs& guess, int groups,
+                               const Tensor& x) {
+  launch(arrange_weights<T>, grid_of(args.tiles), kArrangeThreads, weights, x);
+  if (guess.n > 0) launch_guessing<T>(args, guess, groups, x);
+  else launch_for_depth<T>(args, groups, x);
 }
 
 }  // namespace
 
 void topk_encode_fused(Tensor x, Tensor W, std::optional<Tensor> bias, std::optional<Tensor> threshold,
-                       std::optional<Tensor> passed, std::optional<Tensor> needed, Tensor image, Tensor values,
-                       Tensor indices, int64_t activation, int64_t groups, int64_t stages, int64_t sample) {
+                       std::optional<Tensor> passed, std::optional<Tensor> count, std::optional<Tensor> list,
+                       std::optional<Tensor> norms, Tensor image, Tensor values, Tensor indices, int64_t activation,
+                       int64_t groups, int64_t stages, int64_t sample) {
   ArrangeArgs weights{};
   weights.W = W.const_data_ptr();
   weights.bias = data_or_null<float>(bias);
@@ -48,7 +75,7 @@ void topk_encode_fused(Tensor x, Tensor W, std::optional<Tensor> bias, std::opti
   args.x = x.const_data_ptr();
   args.image = weights.image;
   args.passed = data_or_null<int32_t>(passed);
-  args.needed = data_or_null<int32_t>(needed);
+  args.only.size = data_or_null<int32_t>(count);
   args.values = values.mutable_data_ptr();
   args.indices = mutable_data<int32_t>(indices);
   args.rows = x.size(0);
@@ -67,8 +94,22 @@ void topk_encode_fused(Tensor x, Tensor W, std::optional<Tensor> bias, std::opti
   const bool counts = threshold.has_value() && args.tiles * (kTileLatents / 4) < 1 << 16;  // see RowState
   STD_TORCH_CHECK(fits && counts == passed.has_value(),
                   "sae_kernels: these tensors do not fit the fused encoder");
-  if (x.scalar_type() == ScalarType::BFloat16) launch_for_depth<bf16>(args, weights, groups, x);
-  else launch_for_depth<fp16>(args, weights, groups, x);
+  GuessArgs guess{};
+  if (list) {
+    guess.n = static_cast<int>(norms->numel() - 1);
+    guess.rows = args.rows;
+    guess.k = args.k;
+    guess.values = args.values;
+    guess.norms = mutable_data<float>(*norms);
+    guess.guess = mutable_data<float>(*norms) + guess.n;
+    guess.sample = {mutable_data<int32_t>(*list), mutable_data<int32_t>(*list) + args.rows};
+    const bool same = values.scalar_type() == x.scalar_type() && activation != kAbs && !passed && !count;
+    STD_TORCH_CHECK(same && list->numel() == args.rows + 1 && guess.n > 0 && guess.n <= kMostGuessRows &&
+                        guess.n <= args.rows && args.rows < int64_t(1) << 31,
+                    "sae_kernels: no guess is made for these tensors");
+  }
+  if (x.scalar_type() == ScalarType::BFloat16) encode<bf16>(args, weights, guess, static_cast<int>(groups), x);
+  else encode<fp16>(args, weights, guess, static_cast<int>(groups), x);
 }
 
 }  // namespace sae_kernels

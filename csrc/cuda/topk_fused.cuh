@@ -1,9 +1,10 @@
 // The k best of every row without pre-activations in memory: a block keeps 64 rows of x per warpgroup in registers and
 // streams all latents past them. Each warp owns 16 rows. What reaches a row's bound goes into the row's buffer in
 // shared memory, where each of the row's four lanes has a segment to itself and asks nobody; where one is almost full,
-// all rows of the block are cut back to about k keys, and their bounds rise to the k-th of them. The first bound is the
-// k-th largest of 64 group maxima over a sample of the latents, which k scores reach: where products are cheap, over
-// all of them, so that hardly a buffer fills. A bound is never above the k-th best score and keys are distinct, so the
+// all rows of the block are cut back to about k keys, and their bounds rise to the k-th of them. The first bound of many
+// rows is a guess (topk_guess.cuh), which k scores have to reach, else the row comes again; that of few is the k-th
+// largest of 64 group maxima over a sample of the latents, which k scores reach: where products are cheap, over all of
+// them, so that hardly a buffer fills. So no bound that stands is above the k-th best score, and keys are distinct: the
 // result is exact and no order of events can change it.
 //
 // Traffic: x once; the weights once per block, from L2, through shared memory that a warp of its own fills. Of a warp,
@@ -80,48 +81,72 @@ template <bool General, class T, int KC, class F> __device__ __forceinline__ voi
   }
 }
 
-// One warp over all latents.
-template <class T, int KC, int Keys, bool General> __device__ void select_rows_of_warp(
-    const FusedArgs& a, const FusedShared& shared, int64_t first_row, uint64_t* buffers) {
+// Raises the bounds of the warp's rows to what their norms let expect, but for those that have none.
+template <class T, int KC, class Rows> __device__ __forceinline__ void guess_bounds(
+    const FusedArgs& a, const RowTile<T, KC>& x, int64_t first_row, Rows& rows) {
   const int lane = threadIdx.x % kWarp;
+  const float guess = a.guessed();
+  if (!a.norms && !(guess > 0)) return;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const float norm = sqrtf(team_sum(x.squares(half), 4)), bound = guess * norm;
+    const int64_t row = first_row + lane / 4 + 8 * half;
+    if (a.norms && lane % 4 == 0 && row < a.size()) a.norms[row] = norm;
+    if (guess > 0 && bound > rows.bound[half] && bound < __builtin_huge_valf()) rows.bound[half] = bound;
+  }
+}
+
+// One warp over all latents, with its rows of a lot.
+template <class T, int KC, int Keys, bool General> __device__ void select_rows_of_warp(
+    const FusedArgs& a, const FusedShared& shared, Stream& stream, int lot, uint64_t* buffers) {
+  const int lane = threadIdx.x % kWarp;
+  int64_t first_row = first_row_of(lot);
   const bool is_abs = General && a.activation == kAbs;
+  int64_t numbers[2];
+  for (int half = 0; half < 2; ++half) {
+    const int64_t at = first_row + lane / 4 + 8 * half;
+    numbers[half] = at < a.size() ? a.row_at(at) : -1;
+  }
   RowTile<T, KC> x;
-  x.load(static_cast<const T*>(a.x), first_row, a.rows, a.d_in);
+  x.load(static_cast<const T*>(a.x), numbers, a.d_in);
   RowState<SharedPool> rows{};
+  rows.cuts = shared.cuts->read();
   const SharedPool pool{dynamic_shared()};
   begin_rows(a, first_row, pool, buffers, rows);
-  Stream stream(a);
-  if (a.sample > 0) {
+  if constexpr (!General) guess_bounds(a, x, first_row, rows);
+  stream.step = 0;
+  if (stream.sample > 0) {
     float best[kAccs];
 #pragma unroll
     for (float& b : best) b = -__builtin_huge_valf();
-    over_tiles<General>(a, shared, x, stream, a.sample, [&](const float(&acc)[1][kAccs], const float*, int) {
+    over_tiles<General>(a, shared, x, stream, stream.sample, [&](const float(&acc)[1][kAccs], const float*, int) {
 #pragma unroll
       for (int i = 0; i < kAccs; ++i) best[i] = fmaxf(best[i], is_abs ? fabsf(acc[0][i]) : acc[0][i]);
     });
     bound_rows(a, best, rows);
   }
-  over_tiles<General>(a, shared, x, stream, Stream::steps(a),
+  over_tiles<General>(a, shared, x, stream, stream.steps(a),
                       [&](const float(&acc)[1][kAccs], const float* limits, int latent) {
                         keep_best<Keys, General>(a, acc, limits, latent, pool, buffers, rows, *shared.cuts);
                       });
+  first_row = first_row_of(held(lot));
 #pragma unroll 1
   for (int half = 0; half < 2; ++half) {
     if (General && a.passed) {
       const int passed = row_sum(half ? rows.passed >> 16 : rows.passed & 0xffff);
-      const int64_t row = first_row + lane / 4 + 8 * half;
-      if (lane % 4 == 0 && row < a.rows) a.passed[row] = passed;
+      const int64_t at = first_row + lane / 4 + 8 * half;
+      if (lane % 4 == 0 && at < a.size()) a.passed[a.row_at(at)] = passed;
     }
   }
   finish_rows<Keys, General>(a, rows, first_row, buffers);
+  __syncwarp();  // all lanes have read the buffers
 }
 
-// Blocks of fused_threads(groups) threads for 64 * groups rows each: the last warpgroup only copies.
+// Blocks of fused_threads(groups) threads, which take 64 * groups rows at a time: the last warpgroup only copies.
 template <class T, int KC, int Keys, bool General>
 __global__ void __launch_bounds__(fused_threads(kMostGroups<KC, Keys, General>), 1) topk_encode_rows(FusedArgs a) {
-  if (a.needed && *a.needed == 0) return;
   FusedShared shared(a.stages);
-  const int warp = __shfl_sync(kAllLanes, int(threadIdx.x / kWarp), 0), workers = blockDim.x / kWarp - kGroupWarps;
+  const int warp = known_to_all(threadIdx.x / kWarp), workers = blockDim.x / kWarp - kGroupWarps;
   shared.begin(a.stages, workers);
   __syncthreads();
   if (warp >= workers) {
@@ -129,9 +154,11 @@ __global__ void __launch_bounds__(fused_threads(kMostGroups<KC, Keys, General>),
     if (warp == workers) stream_weights<KC, General>(a, shared);
   } else {
     take_registers<kRowRegisters<kMostGroups<KC, Keys, General>>>();
-    select_rows_of_warp<T, KC, Keys, General>(
-        a, shared, (int64_t(blockIdx.x) * workers + warp) * kWarpRows,
-        shared.keys + warp * kWarpKeys<Keys>);
+    uint64_t* buffers = shared.keys + warp * kWarpKeys<Keys>;
+    Stream stream(a);
+    over_lots<General>(a, [&](int lot) {
+      select_rows_of_warp<T, KC, Keys, General>(a, shared, stream, lot, buffers);
+    });
   }
 }
 

@@ -10,11 +10,13 @@ namespace sae_kernels {
 struct FusedArgs : RowArgs {
   const void* x;               // [rows, d_in], d_in even
   const unsigned char* image;  // of the weights and biases, from arrange_weights
-  const int32_t* needed;       // [1], or null: where it is 0 nothing is done
+  float* norms;                // [rows to take], or null: gets their norms
   int d_in;
   int stages;          // chunks of weights in shared memory
   int tiles;           // of 64 latents, an even number; those beyond d_sae are never chosen
-  int sample, stride;  // tiles that the first bound is taken from, an even number, and the way from one to the next
+  int sample, stride;  // tiles that a first bound without a guess is taken from, even, and from one to the next
+
+  __device__ __forceinline__ int sampled() const { return guessed() > 0 ? 0 : sample; }
 };
 
 // Warpgroups whose registers hold rows: as many as these can be dealt out to, and no more than there are buffers for.
@@ -106,22 +108,41 @@ template <class T> __global__ void __launch_bounds__(kArrangeThreads) arrange_we
   }
 }
 
-// Where a block's warp stands in the stream of tiles: first the sample, evenly spread, then all; blocks begin at
-// different ones.
+// x, of which the compiler then knows that all lanes have the same.
+__device__ __forceinline__ int known_to_all(int x) { return __shfl_sync(kAllLanes, x, 0); }
+
+// The rows to take, by their places, in lots of as many as a block holds at once. Calls use(lot) for those of this
+// block: of General kernels, which have no register left for more, for one.
+template <bool General, class F> __device__ __forceinline__ void over_lots(const FusedArgs& a, F&& use) {
+  const unsigned groups = blockDim.x / (kGroupWarps * kWarp) - 1;
+  const int lots = known_to_all(int((unsigned((a.size() + kGroupRows - 1) / kGroupRows) + groups - 1) / groups));
+  if constexpr (General) {
+    if (blockIdx.x < unsigned(lots)) use(blockIdx.x);
+  } else {
+    for (int lot = blockIdx.x; lot < lots; lot += gridDim.x) use(lot);
+  }
+}
+// The first one of the warp's in a lot.
+__device__ __forceinline__ int64_t first_row_of(int lot) {
+  const unsigned warp = threadIdx.x / kWarp, workers = blockDim.x / kWarp - kGroupWarps;
+  return (int64_t(lot) * workers + warp) * kWarpRows;
+}
+
+// Where a block's warp stands in the stream of tiles. For each lot come first those of the sample, evenly spread, then
+// all, from wherever the stream is on and round; blocks begin at different ones.
 struct Stream {
-  int tile, step = 0, stage = 0;
+  int sample, tile, step = 0, stage = 0;
   unsigned round = 0;
 
-  __device__ __forceinline__ explicit Stream(const FusedArgs& a) : tile(begin(a)) {}
-  static __device__ __forceinline__ int begin(const FusedArgs& a) { return blockIdx.x * 5u % unsigned(a.tiles); }
-  static __device__ __forceinline__ int steps(const FusedArgs& a) { return a.sample + a.tiles; }
+  __device__ __forceinline__ explicit Stream(const FusedArgs& a)
+      : sample(known_to_all(a.sampled())), tile(blockIdx.x * 5u % unsigned(a.tiles)) {}
+  __device__ __forceinline__ int steps(const FusedArgs& a) const { return sample + a.tiles; }
   __device__ __forceinline__ void next_stage(const FusedArgs& a) {
     if (++stage == a.stages) stage = 0, ++round;
   }
   __device__ __forceinline__ void next_tile(const FusedArgs& a) {
+    tile += step < sample ? a.stride : 1;
     ++step;
-    tile += step < a.sample ? a.stride : 1;
-    if (step == a.sample) tile = begin(a);
     if (tile >= a.tiles) tile -= a.tiles;
   }
 };
@@ -130,19 +151,21 @@ struct Stream {
 template <int KC, bool General> __device__ void stream_weights(const FusedArgs& a, const FusedShared& shared) {
   constexpr int kLines = General ? kLinesBytes : kLineBytes;
   Stream stream(a);
-  for (const int steps = Stream::steps(a); stream.step < steps; stream.next_tile(a)) {
-    const unsigned char* tile = a.image + stream.tile * image_bytes(KC);
+  over_lots<General>(a, [&](int) {
+    for (stream.step = 0; stream.step < stream.steps(a); stream.next_tile(a)) {
+      const unsigned char* tile = a.image + stream.tile * image_bytes(KC);
 #pragma unroll 1
-    for (int chunk = 0; chunk < KC; ++chunk, stream.next_stage(a)) {
-      if (stream.round > 0) shared.empty[stream.stage].wait((stream.round - 1) % 2);
-      Barrier& full = shared.full[stream.stage];
-      const bool last = chunk == KC - 1;
-      begin_fill(full, kTileBytes + (last ? kLines : 0));
-      copy(shared.tiles + stream.stage * kTileBytes, tile + chunk * kTileBytes, kTileBytes, full);
-      if (last) copy(shared.lines_of(stream.stage), tile + KC * kTileBytes, kLines, full);
-      end_fill(full);
+      for (int chunk = 0; chunk < KC; ++chunk, stream.next_stage(a)) {
+        if (stream.round > 0) shared.empty[stream.stage].wait((stream.round - 1) % 2);
+        Barrier& full = shared.full[stream.stage];
+        const bool last = chunk == KC - 1;
+        begin_fill(full, kTileBytes + (last ? kLines : 0));
+        copy(shared.tiles + stream.stage * kTileBytes, tile + chunk * kTileBytes, kTileBytes, full);
+        if (last) copy(shared.lines_of(stream.stage), tile + KC * kTileBytes, kLines, full);
+        end_fill(full);
+      }
     }
-  }
+  });
 }
 
 }  // namespace sae_kernels

@@ -37,7 +37,7 @@ def threshold_encode_twice(
     into = (max_active, activation, None, values, indices)
     choose(x, W, b, *into, first, counts)
     few = counts.clamp(max=max_active).sum() < total
-    choose(x, W, b, *into, then, counts, (few & (first > then)).to(torch.int32))
+    choose(x, W, b, *into, then, counts, (few & (first > then)).to(torch.int32) * x.shape[0])
     return _padded(values, counts, activation), indices, counts
 
 

@@ -30,9 +30,9 @@ _lib.define(
 )
 _lib.define("cuda_topk_write_codes(Tensor keys, Tensor(a!) values, Tensor(b!) indices, int activation) -> ()")
 _lib.define(
-    "cuda_topk_encode_fused(Tensor x, Tensor W, Tensor? bias, Tensor? threshold, Tensor(c!)? passed, Tensor? needed,"
-    " Tensor(d!) image, Tensor(a!) values, Tensor(b!) indices, int activation, int groups, int stages, int sample)"
-    " -> ()"
+    "cuda_topk_encode_fused(Tensor x, Tensor W, Tensor? bias, Tensor? threshold, Tensor(c!)? passed, Tensor? count,"
+    " Tensor(e!)? list, Tensor(f!)? norms, Tensor(d!) image, Tensor(a!) values, Tensor(b!) indices, int activation,"
+    " int groups, int stages, int sample) -> ()"
 )
 _lib.define(
     "cuda_topk_encode_panels(Tensor x, Tensor W, Tensor lines, Tensor(a!) pool, Tensor(b!) keys, int activation,"
@@ -50,7 +50,7 @@ def topk_encode(
     Checked arguments of one dtype, float32 or narrower. trims: int32 [1], counts the rows (per chunk of latents) of the
     slab path that brought more candidates than their buffer holds and were trimmed early; only a measure of speed.
     Workspace: at most SlabPlan.nbytes of products and 8 k bytes per row of them; where the fused kernel runs, a copy of
-    W; by panels 192 KiB per multiprocessor and 8 k bytes per row and strip, of as many rows as 96 MiB hold.
+    W and 4 bytes per row; by panels 192 KiB per multiprocessor and 8 k bytes per row and strip, of as many rows as 96 MiB hold.
     """
     values, indices = x.new_empty(x.shape[0], k), x.new_empty(x.shape[0], k, dtype=torch.int32)
     choose(x, W, b, k, activation, mask, values, indices, trims=trims)
@@ -59,12 +59,12 @@ def topk_encode(
 
 def choose(
     x, W, b, k, activation, mask, values, indices,
-    threshold: Tensor | None = None, passed: Tensor | None = None, needed: Tensor | None = None,
+    threshold: Tensor | None = None, passed: Tensor | None = None, count: Tensor | None = None,
     trims: Tensor | None = None,
 ) -> None:  # fmt: skip
     """Fills values and indices [N, k]; with threshold [1] or [d_sae] float32, those of what is above it, and adds to
-    passed [N] int32, of zeros, how many they are. needed [1] int32, of the fused kernel alone: where it is 0
-    nothing is done.
+    passed [N] int32, of zeros, how many they are. count [1] int32, of the fused kernel alone: only so many rows, the
+    first ones, are encoded.
     """
     if x.shape[0] == 0:
         return
@@ -76,9 +76,12 @@ def choose(
         sample = layout.sample if limit is None else 0
         image = x.new_empty(layout.image_bytes, dtype=torch.uint8)
         where = (image, values, indices, activation, layout.groups, layout.stages, sample)
-        _ops.cuda_topk_encode_fused(x, W, bias, limit, passed, needed, *where)
+        guess = (None, None)
+        if limit is None and pays_to_guess(x, activation, layout):
+            guess = (x.new_empty(x.shape[0] + 1, dtype=torch.int32), x.new_empty(_GUESS_ROWS + 1, dtype=torch.float32))
+        _ops.cuda_topk_encode_fused(x, W, bias, limit, passed, count, *guess, *where)
         return
-    if needed is not None:
+    if count is not None:
         raise RuntimeError("sae_kernels: these tensors do not fit the fused encoder, which alone can be left out")
     bytes_mask = None if mask is None else mask.contiguous().view(torch.uint8)
     screen = (bias, bytes_mask, limit)
@@ -150,6 +153,17 @@ def fused_layout(
             share = tuning.short_plan(d_in, dtype.itemsize).share
             return FusedLayout(groups, min(stages, _MOST_STAGES), _sample(tiles, share, k), image_bytes)
     return None
+
+
+_GUESS_ROWS, _FEWEST_ROUNDS = 1024, 8
+
+
+def pays_to_guess(x: Tensor, activation: int, layout: FusedLayout) -> bool:
+    """Whether first bounds come from a guess (topk_guess.cuh) rather than from layout.sample: it takes the time in which
+    all processors encode some 64 rows each, twice.
+    """
+    at_once = layout.groups * 64 * _gpu_of(x.device).processors
+    return activation != _ABS and max(_GUESS_ROWS, _FEWEST_ROUNDS * at_once) <= x.shape[0] < 2**31
 
 
 def _sample(tiles: int, share: int, k: int) -> int:

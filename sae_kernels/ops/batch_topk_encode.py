@@ -90,7 +90,7 @@ def _choose(x, W_enc, b_enc, k, max_active, activation, latent_mask, backend):
             found = threshold_with(backend, x, W_enc, b_enc, lowest, *arguments)
         values, counts, threshold = _keep_on_gpu(found[0], found[2], total, magnitude)
         return values, found[1], counts, threshold
-    sample = x[:: max(1, rows // max(_SAMPLE, rows // 32))]
+    sample = x[:: rows // max(_SAMPLE, rows // 32) | 1]
     limit = torch.maximum(_guess(sample, W_enc, b_enc, k, *arguments, backend).to(lowest), lowest)
     values, indices, counts = threshold_with(backend, x, W_enc, b_enc, limit, *arguments)
     if counts.clamp(max=max_active).sum() < total and limit > lowest:
@@ -124,7 +124,7 @@ def _guessed_by_cuda(x, W_enc, b_enc, k, lowest, max_active, activation, latent_
     if rows < _FEWEST_ON_GPU or not kernel.takes_twice(x, W_enc, max_active, code, latent_mask):
         return None
     with _autocast.switched_off(x.device):
-        sample = x[:: rows // _SAMPLE_ON_GPU]
+        sample = x[:: rows // _SAMPLE_ON_GPU | 1]  # an odd step meets every place of rows that come in powers of two
         guess = _guess(sample, W_enc, b_enc, k, min(max_active, 4 * k), activation, None, "cuda")
         limit = torch.maximum(guess.to(lowest), lowest)
         return kernel.threshold_encode_twice(x, W_enc, b_enc, limit, lowest, k * rows, max_active, code)

@@ -13,6 +13,7 @@ namespace {  // of this file alone: AddressSanitizer then guards the arrays that
 #include "cuda/latent_sums.cuh"
 #include "cuda/threshold_select.cuh"
 #include "cuda/topk_fused.cuh"
+#include "cuda/topk_guess.cuh"
 #include "cuda/topk_panels.cuh"
 #include "cuda/topk_select.cuh"
 }  // namespace
@@ -79,8 +80,22 @@ template <int KC, bool General> void encode_fused(int64_t rows, int d_in, int d_
   args.rows = rows, args.d_in = d_in, args.d_sae = d_sae, args.k = k, args.stages = KC + 3;
   args.sample = sample, args.stride = sample > 0 ? args.tiles / sample : 1;
   if (General) args.passed = passed.data();
-  cuda_host::run(topk_encode_rows<bf16, KC, 3, General>, dim3(ceil_div(rows, kGroupRows)), fused_threads(1), args,
-                 fused_bytes<3>(1, args.stages));
+  const auto encode = [&] {
+    const dim3 grid(General ? ceil_div(rows, kGroupRows) : 1);
+    cuda_host::run(topk_encode_rows<bf16, KC, 3, General>, grid, fused_threads(1), args, fused_bytes<3>(1, args.stages));
+  };
+  encode();
+  if (General) return;
+  std::vector<int32_t> list(rows + 1);
+  std::vector<float> norms(rows + 1);
+  GuessArgs guess{values.data(), norms.data(), {list.data(), list.data() + rows}, norms.data() + rows, rows, 0, k};
+  guess.n = int(rows);
+  cuda_host::run(sample_rows, dim3(1), kGuessThreads, guess);
+  args.only = guess.sample, args.norms = norms.data();
+  encode();
+  cuda_host::run(guess_from<float>, dim3(1), kWarp, guess);
+  args.only = {}, args.norms = nullptr, args.guess = guess.guess, args.left = guess.sample;
+  encode();
 }
 
 // One block for two items, tiles and panels that are not full, more chunks than stages.

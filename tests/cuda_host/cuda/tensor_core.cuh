@@ -24,10 +24,19 @@ inline int tile_place(int n, int c) { return n * 128 + ((c ^ (n & 7)) << 4); }
 
 template <class T, int KC> struct RowTile {
   const T* x;
-  int64_t row, rows;
+  int64_t number[2];
   int d_in;
 
-  void load(const T* from, int64_t first, int64_t all, int d) { x = from, row = first, rows = all, d_in = d; }
+  void load(const T* from, const int64_t (&rows)[2], int d) {
+    x = from, d_in = d;
+    std::copy(rows, rows + 2, number);
+  }
+  float squares(int half) const {
+    float sum = 0;
+    for (int d = 2 * (threadIdx.x % 4); d < d_in && number[half] >= 0; d += 8)
+      for (int i = d; i < d + 2; ++i) sum += to_acc(x[number[half] * d_in + i]) * to_acc(x[number[half] * d_in + i]);
+    return sum;
+  }
 };
 
 template <int N> void take_registers() {}
@@ -40,9 +49,9 @@ void multiply_now(float (&acc)[kAccs], const RowTile<T, KC>& rows, const unsigne
   const int lane = threadIdx.x % kWarp;
   for (int i = 0; i < kAccs; ++i) {
     if (chunk == 0) acc[i] = 0;
-    const int64_t row = rows.row + lane / 4 + 8 * (i / 2 % 2);
+    const int64_t row = rows.number[i / 2 % 2];
     const int n = i / 4 * 8 + 2 * (lane % 4) + i % 2, left = std::min(kTileDepth, rows.d_in - chunk * kTileDepth);
-    for (int d = 0; d < left && row < rows.rows; ++d) {
+    for (int d = 0; d < left && row >= 0; ++d) {
       T w;
       std::memcpy(&w, tile + tile_place(n, d / 8) + d % 8 * sizeof w, sizeof w);
       acc[i] += to_acc(rows.x[row * rows.d_in + chunk * kTileDepth + d]) * to_acc(w);
