@@ -1,8 +1,8 @@
 // The k best of every row without pre-activations in memory: a block keeps 64 rows of x per warpgroup in registers and
 // streams all latents past them. Each warp owns 16 rows. What reaches a row's bound goes into the row's buffer in
 // shared memory, where each of the row's four lanes has a segment to itself and asks nobody; where one is almost full,
-// all rows of the block are cut back to about k keys, and their bounds rise to the k-th of them. The first bound of many
-// rows is a guess (topk_guess.cuh), which k scores have to reach, else the row comes again; that of few is the k-th
+// all rows of the block are cut back to about k keys, and their bounds rise to the k-th of them. Of many rows the first
+// bound is a guess (topk_guess.cuh), which k scores have to reach, else the row comes again; of few it is the k-th
 // largest of 64 group maxima over a sample of the latents, which k scores reach: where products are cheap, over all of
 // them, so that hardly a buffer fills. So no bound that stands is above the k-th best score, and keys are distinct: the
 // result is exact and no order of events can change it.

@@ -50,7 +50,8 @@ def topk_encode(
     Checked arguments of one dtype, float32 or narrower. trims: int32 [1], counts the rows (per chunk of latents) of the
     slab path that brought more candidates than their buffer holds and were trimmed early; only a measure of speed.
     Workspace: at most SlabPlan.nbytes of products and 8 k bytes per row of them; where the fused kernel runs, a copy of
-    W and 4 bytes per row; by panels 192 KiB per multiprocessor and 8 k bytes per row and strip, of as many rows as 96 MiB hold.
+    W and 4 bytes per row; by panels 192 KiB per multiprocessor and 8 k bytes per row and strip, of as many rows as
+    96 MiB hold.
     """
     values, indices = x.new_empty(x.shape[0], k), x.new_empty(x.shape[0], k, dtype=torch.int32)
     choose(x, W, b, k, activation, mask, values, indices, trims=trims)
@@ -159,8 +160,8 @@ _GUESS_ROWS, _FEWEST_ROUNDS = 1024, 8
 
 
 def pays_to_guess(x: Tensor, activation: int, layout: FusedLayout) -> bool:
-    """Whether first bounds come from a guess (topk_guess.cuh) rather than from layout.sample: it takes the time in which
-    all processors encode some 64 rows each, twice.
+    """Whether first bounds come from a guess (topk_guess.cuh) rather than from layout.sample: that takes twice the time
+    in which a processor encodes 64 rows.
     """
     at_once = layout.groups * 64 * _gpu_of(x.device).processors
     return activation != _ABS and max(_GUESS_ROWS, _FEWEST_ROUNDS * at_once) <= x.shape[0] < 2**31

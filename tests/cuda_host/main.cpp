@@ -82,7 +82,8 @@ template <int KC, bool General> void encode_fused(int64_t rows, int d_in, int d_
   if (General) args.passed = passed.data();
   const auto encode = [&] {
     const dim3 grid(General ? ceil_div(rows, kGroupRows) : 1);
-    cuda_host::run(topk_encode_rows<bf16, KC, 3, General>, grid, fused_threads(1), args, fused_bytes<3>(1, args.stages));
+    const int64_t bytes = fused_bytes<3>(1, args.stages);
+    cuda_host::run(topk_encode_rows<bf16, KC, 3, General>, grid, fused_threads(1), args, bytes);
   };
   encode();
   if (General) return;
