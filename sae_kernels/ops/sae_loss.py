@@ -168,7 +168,8 @@ def _from_decode(x, values, indices, W_dec, b_dec, prefixes) -> tuple[Tensor, Te
 
 def _run_forward(backend: str, x, values, indices, W_dec, b_dec, prefixes) -> tuple[Tensor, Tensor]:
     kernel = _forward.get(backend, _plain_forward)
-    return naming_bad_indices(kernel, indices, W_dec.shape[0], x, values, indices, W_dec, b_dec, prefixes)
+    arguments = (x, values, indices, W_dec, b_dec, prefixes)
+    return naming_bad_indices("sae_loss", kernel, indices, W_dec.shape[0], *arguments)
 
 
 def _gradient_rows(ctx, grad_errors: Tensor, residual: Tensor, *code: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -264,11 +265,10 @@ def _triton_backward(grad, scale, values, indices, W_dec, prefixes, x, centre, m
     return kernel.backward(grad, scale, values, indices, W_dec, prefixes, x, centre, more, relu)
 
 
-def _plain_forward(x, values, indices, W_dec, b_dec, prefixes):
-    with _autocast.switched_off(x.device):
-        return reference.sae_loss(x, values, indices, W_dec, b_dec, prefixes)
+_plain_forward = _autocast.unaffected(reference.sae_loss)
 
 
+@_autocast.unaffected
 def _plain_prefix_grads(grad_errors, residual, values, indices, W_dec, prefixes):
     off, found = residual.to(grad_errors.dtype), []
     total = torch.zeros_like(off)
@@ -280,27 +280,24 @@ def _plain_prefix_grads(grad_errors, residual, values, indices, W_dec, prefixes)
     return torch.stack(found[::-1], dim=1).to(residual.dtype)
 
 
+@_autocast.unaffected
 def _plain_backward(grad, scale, values, indices, W_dec, prefixes, x, centre, more, relu):
     acc = reference.accumulator(W_dec.dtype)
     grad = grad.to(acc) if scale is None else grad.to(acc) * scale[:, None, None]
     dvalues, dW = [], torch.zeros_like(W_dec, dtype=acc)
     for p, (start, end) in enumerate(pairwise([0, *prefixes])):
-        index = indices[:, start:end].long()
-        dvalues.append((grad[:, p] @ W_dec.to(acc).mT).gather(-1, index))
-        dW += _codes(values[:, start:end].to(acc), index, W_dec.shape[0]).mT @ grad[:, p]
+        index = indices[:, start:end]
+        dvalues.append((grad[:, p] @ W_dec.to(acc).mT).gather(-1, index.long()))
+        dW += reference.dense_codes(values[:, start:end].to(acc), index, W_dec.shape[0]).mT @ grad[:, p]
     dvalues, db = torch.cat(dvalues, 1), grad[:, 0].sum(0)
     if x is None:
         nothing = W_dec.new_empty(0, 0), W_dec.new_empty(0)
         return dvalues.to(values.dtype), dW.to(W_dec.dtype), db.to(W_dec.dtype), *nothing
     dvalues = dvalues if more is None else dvalues + more.to(acc)
-    codes = _codes(torch.where(values == 0, 0, dvalues) if relu else dvalues, indices.long(), W_dec.shape[0])
+    codes = reference.dense_codes(torch.where(values == 0, 0, dvalues) if relu else dvalues, indices, W_dec.shape[0])
     shifted = x.to(acc) if centre is None else x.to(acc) - centre.to(acc)
     grads = (dW, db, codes.mT @ shifted, codes.sum(0))
     return values.new_empty(0, values.shape[1]), *(g.to(W_dec.dtype) for g in grads)
-
-
-def _codes(values: Tensor, indices: Tensor, d_sae: int) -> Tensor:
-    return values.new_zeros(values.shape[0], d_sae).scatter_add(1, indices, values)
 
 
 for _name, _kernel, _plain in (

@@ -34,7 +34,7 @@ _grad_values = {
     "cuda": _ops.sparse_decode_cuda_grad_values.default,
 }
 
-_OUT_OF_RANGE = "sparse_decode: indices"
+_OUT_OF_RANGE = "sparse_decode: indices"  # how the kernels for the CPU begin to say so
 
 
 @torch.library.register_fake("sae_kernels::sparse_decode_cuda", lib=_lib)
@@ -82,7 +82,7 @@ def code_products(y: Tensor, indices: Tensor, W_dec: Tensor) -> Tensor:
     """y[n] . W_dec[indices[n, j]], [N, k], of y [N, d_out]: the gradient of sparse_decode in its values."""
     backend = backends(y.device, 0)[1]
     kernel = _reference_grad_values if backend == "reference" else _grad_values[backend]
-    return naming_bad_indices(kernel, indices, W_dec.shape[0], y, indices, W_dec)
+    return naming_bad_indices("sparse_decode", kernel, indices, W_dec.shape[0], y, indices, W_dec)
 
 
 def backends(device: torch.device, row_bytes: int) -> tuple[str, str]:
@@ -112,10 +112,10 @@ def check_code(op: str, values: object, indices: object, W_dec: object, b_dec: o
 def decode_with(backend: str, values: Tensor, indices: Tensor, W_dec: Tensor, b_dec: Tensor | None) -> Tensor:
     """The forward kernel of `backend` on 2-d, checked tensors."""
     decode = _reference_forward if backend == "reference" else _forward[backend]
-    return naming_bad_indices(decode, indices, W_dec.shape[0], values, indices, W_dec, b_dec)
+    return naming_bad_indices("sparse_decode", decode, indices, W_dec.shape[0], values, indices, W_dec, b_dec)
 
 
-def naming_bad_indices(kernel: Callable, indices: Tensor, d_sae: int, *args) -> Any:
+def naming_bad_indices(op: str, kernel: Callable, indices: Tensor, d_sae: int, *args) -> Any:
     """kernel(*args); where it finds an index out of range, a ValueError that says which (not in a compiled graph)."""
     if torch.compiler.is_compiling():
         return kernel(*args)
@@ -125,14 +125,12 @@ def naming_bad_indices(kernel: Callable, indices: Tensor, d_sae: int, *args) -> 
         if _OUT_OF_RANGE in str(error) or "out of bounds" in str(error):
             low, high = indices.aminmax()
             raise ValueError(
-                f"{_OUT_OF_RANGE} must be in [0, d_sae = {d_sae}), got values from {low} to {high}"
+                f"{op}: indices must be in [0, d_sae = {d_sae}), got values from {low} to {high}"
             ) from None
         raise
 
 
-def _reference_forward(values: Tensor, indices: Tensor, W_dec: Tensor, b_dec: Tensor | None) -> Tensor:
-    with _autocast.switched_off(values.device):
-        return reference.sparse_decode(values, indices, W_dec, b_dec)
+_reference_forward = _autocast.unaffected(reference.sparse_decode)
 
 
 def _triton_forward(values, indices, W_dec, b_dec):
@@ -202,19 +200,17 @@ class _SparseDecode(torch.autograd.Function):
         return dvalues if need_values else None, None, dW if need_W else None, db, None
 
 
+@_autocast.unaffected
 def _reference_backward(grad: Tensor, values: Tensor, indices: Tensor, W_dec: Tensor) -> tuple[Tensor, Tensor]:
     acc = reference.accumulator(W_dec.dtype)
-    wide, index = grad.to(acc), indices.long()
-    dvalues = (wide @ W_dec.to(acc).mT).gather(-1, index)
-    codes = torch.zeros(values.shape[0], W_dec.shape[0], dtype=acc, device=values.device)
-    dW = codes.scatter_add(1, index, values.to(acc)).mT @ wide
-    return dvalues.to(values.dtype), dW.to(W_dec.dtype)
+    dW = reference.dense_codes(values.to(acc), indices, W_dec.shape[0]).mT @ grad.to(acc)
+    return _reference_grad_values(grad, indices, W_dec).to(values.dtype), dW.to(W_dec.dtype)
 
 
+@_autocast.unaffected
 def _reference_grad_values(grad: Tensor, indices: Tensor, W_dec: Tensor) -> Tensor:
     acc = reference.accumulator(W_dec.dtype)
-    with _autocast.switched_off(grad.device):
-        return (grad.to(acc) @ W_dec.to(acc).mT).gather(-1, indices.long()).to(grad.dtype)
+    return (grad.to(acc) @ W_dec.to(acc).mT).gather(-1, indices.long()).to(grad.dtype)
 
 
 for _name, _triton, _cuda, _plain in (

@@ -8,9 +8,7 @@ from torch import Tensor
 from . import _autocast, _checks, reference
 from ._backend import cuda_or, triton_or
 from ._rows import as_rows
-from .topk_encode import ACTIVATIONS, backends, check_encoder, encoder_grads
-
-_PLAIN_CELLS = 2**20
+from .topk_encode import ACTIVATIONS, backends, by_parts, check_encoder, encoder_grads, in_32_bits
 
 _lib = torch.library.Library("sae_kernels", "FRAGMENT")
 _ARGUMENTS = (
@@ -103,33 +101,22 @@ def threshold_with(backend: str, x, W_enc, b_enc, limit, max_active, activation,
 
 
 def _plain_forward(x, W_enc, b_enc, threshold, max_active, activation, latent_mask):
-    """The reference, a bounded number of rows at a time."""
-    with _autocast.switched_off(x.device):
-        parts = [
-            reference.threshold_encode(part, W_enc, b_enc, threshold, max_active, ACTIVATIONS[activation], latent_mask)
-            for part in x.split(max(1, _PLAIN_CELLS // W_enc.shape[0]))
-        ]
-    return tuple(torch.cat(part) for part in zip(*parts, strict=True))
+    options = (b_enc, threshold, max_active, ACTIVATIONS[activation], latent_mask)
+    return by_parts(x, W_enc, reference.threshold_encode, *options)
 
 
 def _triton_forward(x, W_enc, b_enc, threshold, max_active, activation, latent_mask):
     from ..kernels import threshold_encode as kernel
 
-    return _narrow(kernel.threshold_encode, x, W_enc, b_enc, threshold, max_active, activation, latent_mask)
+    arguments = (W_enc, b_enc, threshold, max_active, activation, latent_mask)
+    return in_32_bits(kernel.threshold_encode, _plain_forward, x, *arguments)
 
 
 def _cuda_forward(x, W_enc, b_enc, threshold, max_active, activation, latent_mask):
     from ..cuda import threshold_encode as kernel
 
-    return _narrow(kernel.threshold_encode, x, W_enc, b_enc, threshold, max_active, activation, latent_mask)
-
-
-def _narrow(kernel, x, *args):
-    """A GPU's kernels hold 32 bits of score in their keys; float64 takes the reference."""
-    if x.dtype == torch.float64:
-        return _plain_forward(x, *args)
-    with _autocast.switched_off(x.device):
-        return kernel(x, *args)
+    arguments = (W_enc, b_enc, threshold, max_active, activation, latent_mask)
+    return in_32_bits(kernel.threshold_encode, _plain_forward, x, *arguments)
 
 
 _without_triton = cuda_or(_cuda_forward, _plain_forward)

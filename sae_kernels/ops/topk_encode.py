@@ -1,5 +1,7 @@
 """topk_encode: the k largest latents of every row, exact and differentiable; rows x d_sae never exists in memory."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -9,7 +11,7 @@ from ._rows import as_rows
 from .sparse_decode import decode_with
 
 ACTIVATIONS = ("relu", "none", "abs")
-_PLAIN_CELLS = 2**20
+_PLAIN_CELLS = 2**20  # of rows x d_sae that the reference holds at once
 
 _lib = torch.library.Library("sae_kernels", "FRAGMENT")
 for _suffix in ("", "_triton", "_cuda"):
@@ -124,31 +126,32 @@ def topk_with(backend: str, x, W_enc, b_enc, k, activation, latent_mask) -> tupl
 def _triton_forward(x, W_enc, b_enc, k, activation, latent_mask):
     from ..kernels import topk_encode as kernel
 
-    return _narrow(kernel.topk_encode, x, W_enc, b_enc, k, activation, latent_mask)
+    return in_32_bits(kernel.topk_encode, _plain_forward, x, W_enc, b_enc, k, activation, latent_mask)
 
 
 def _cuda_forward(x, W_enc, b_enc, k, activation, latent_mask):
     from ..cuda import topk_encode as kernel
 
-    return _narrow(kernel.topk_encode, x, W_enc, b_enc, k, activation, latent_mask)
+    return in_32_bits(kernel.topk_encode, _plain_forward, x, W_enc, b_enc, k, activation, latent_mask)
 
 
-def _narrow(kernel, x, *args):
-    """A GPU's kernels hold 32 bits of score in their keys; float64 takes the reference."""
+def in_32_bits(kernel: Callable, plain: Callable, x: Tensor, *args) -> tuple:
+    """kernel(x, *args), which holds 32 bits of score in its keys; plain(x, *args) for float64."""
     if x.dtype == torch.float64:
-        return _plain_forward(x, *args)
+        return plain(x, *args)
     with _autocast.switched_off(x.device):
         return kernel(x, *args)
 
 
+@_autocast.unaffected
+def by_parts(x: Tensor, W_enc: Tensor, oracle: Callable, *args) -> tuple:
+    """oracle(x, W_enc, *args), a bounded number of rows at a time."""
+    parts = [oracle(part, W_enc, *args) for part in x.split(max(1, _PLAIN_CELLS // W_enc.shape[0]))]
+    return tuple(torch.cat(part) for part in zip(*parts, strict=True))
+
+
 def _plain_forward(x, W_enc, b_enc, k, activation, latent_mask):
-    """The reference, a bounded number of rows at a time."""
-    with _autocast.switched_off(x.device):
-        parts = [
-            reference.topk_encode(part, W_enc, b_enc, k, ACTIVATIONS[activation], latent_mask)
-            for part in x.split(max(1, _PLAIN_CELLS // W_enc.shape[0]))
-        ]
-    return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
+    return by_parts(x, W_enc, reference.topk_encode, b_enc, k, ACTIVATIONS[activation], latent_mask)
 
 
 def _triton_backward(grad_pre, indices, x, d_sae):
@@ -163,8 +166,11 @@ def _cuda_backward(grad_pre, indices, x, d_sae):
     return latent_sums(indices, grad_pre, x, d_sae, with_totals=True)[:2]
 
 
+@_autocast.unaffected
 def _plain_backward(grad_pre, indices, x, d_sae):
-    return _reference_weight_grads(grad_pre, indices, x, d_sae)
+    acc = reference.accumulator(x.dtype)
+    grad_codes = reference.dense_codes(grad_pre.to(acc), indices, d_sae)
+    return (grad_codes.mT @ x.to(acc)).to(x.dtype), grad_codes.sum(0).to(x.dtype)
 
 
 for _name, _triton, _cuda, _plain in (
@@ -208,13 +214,5 @@ def encoder_grads(backend, needs, grad_pre, indices, x, W_enc) -> tuple[Tensor |
     if need_x:
         dx = decode_with(backend, grad_pre, indices, W_enc, None)
     if need_W or need_b:
-        weight_grads = _reference_weight_grads if backend == "reference" else _backward[backend]
-        dW, db = weight_grads(grad_pre, indices, x, W_enc.shape[0])
+        dW, db = _backward.get(backend, _plain_backward)(grad_pre, indices, x, W_enc.shape[0])
     return dx, dW if need_W else None, db if need_b else None
-
-
-def _reference_weight_grads(grad_pre: Tensor, indices: Tensor, x: Tensor, d_sae: int) -> tuple[Tensor, Tensor]:
-    acc = reference.accumulator(x.dtype)
-    grad_codes = torch.zeros(x.shape[0], d_sae, dtype=acc, device=x.device)
-    grad_codes = grad_codes.scatter_add(1, indices.long(), grad_pre.to(acc))
-    return (grad_codes.mT @ x.to(acc)).to(x.dtype), grad_codes.sum(0).to(x.dtype)
