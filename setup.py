@@ -13,6 +13,7 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.sdist import sdist
 
 try:
     from setuptools.command.bdist_wheel import bdist_wheel
@@ -52,7 +53,8 @@ def cuda_toolkit():
     """The folder of the CUDA toolkit that fits torch, or a reason why there is none."""
     import torch
 
-    nvcc = shutil.which("nvcc") or shutil.which("nvcc", path=os.path.join(os.environ.get("CUDA_HOME", ""), "bin"))
+    home = os.environ.get("CUDA_HOME")
+    nvcc = shutil.which("nvcc") or (home and shutil.which("nvcc", path=os.path.join(home, "bin")))
     if torch.version.cuda is None:
         return f"not built: torch {torch.__version__} has no CUDA"
     if nvcc is None:
@@ -119,6 +121,8 @@ class BuildNative(build_ext):
         nvcc = toolkit / "bin" / "nvcc"
         known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout.split()
         codes = [code for code in self.cuda_codes.split(",") if f"sm_{code.rstrip('a')}" in known]
+        if not codes:
+            return f"not built: {nvcc} compiles for {' '.join(known)}, none of which is among {self.cuda_codes}"
         targets = [f"-gencode=arch=compute_{code},code=sm_{code}" for code in codes]
         targets.append(f"-gencode=arch=compute_{codes[0]},code=compute_{codes[0]}")  # what later GPUs translate
         folder = Path(self.build_temp) / "cuda"
@@ -176,6 +180,15 @@ class AbiWheel(bdist_wheel):
         super().finalize_options()
 
 
+class SourcesWithTests(sdist):
+    """The tests and the benchmarks go along, with all that they read."""
+
+    def make_release_tree(self, base_dir, files):
+        found = (path for folder in ("tests", "benchmarks") for path in (HERE / folder).rglob("*"))
+        more = {str(path.relative_to(HERE)) for path in found if path.is_file() and path.suffix != ".pyc"}
+        super().make_release_tree(base_dir, sorted({*files, *more}))
+
+
 def csrc(pattern):
     return sorted(str(path.relative_to(HERE)) for path in (HERE / "csrc").glob(pattern))
 
@@ -187,5 +200,5 @@ def extension(name, pattern):
 
 setup(
     ext_modules=[extension("_C_cpu", "cpu/*.cpp"), extension("_C_cuda", "cuda/*.cu")],
-    cmdclass={"build_ext": BuildNative, "bdist_wheel": AbiWheel},
+    cmdclass={"build_ext": BuildNative, "bdist_wheel": AbiWheel, "sdist": SourcesWithTests},
 )

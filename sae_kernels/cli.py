@@ -4,9 +4,14 @@ import argparse
 import json
 import sys
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from . import __version__, cli_extract, cli_plan, cli_train
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 EXAMPLES = """examples:
   sae-kernels demo                                        simulated data, no network: a minute or two
@@ -22,6 +27,7 @@ EXAMPLES = """examples:
 EVAL_EXAMPLES = """examples:
   sae-kernels eval runs/sae held_out.npy
   sae-kernels eval runs/sae held_out.npz --key hidden --json figures.json
+  sae-kernels eval runs/sae runs/acts --device cuda        a store written by extract
 """
 DEMO_EXAMPLES = """examples:
   sae-kernels demo                                         simulated catalogue with planted concepts
@@ -169,8 +175,12 @@ def _add_demo(commands) -> None:
 def _add_eval(commands) -> None:
     parser = _add(commands, "eval", _eval, "FVU, cosine, L0 and dead share of a checkpoint", EVAL_EXAMPLES)
     parser.add_argument("checkpoint", type=Path, help="folder written by train or demo")
-    parser.add_argument("activations", type=Path, help=".npy, .npz, .safetensors or .pt with [rows, d_in] floats")
+    activations = (
+        "a store of activations (a folder or URL), or .npy, .npz, .safetensors or .pt with [rows, d_in] floats"
+    )
+    parser.add_argument("activations", help=activations)
     parser.add_argument("--key", help="which array of a file with several")
+    parser.add_argument("--device", help="where to compute: cpu, cuda, ... (cpu)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures there")
     parser.add_argument("--quiet", action="store_true", help="print the JSON only")
 
@@ -209,13 +219,29 @@ def _demo(options: argparse.Namespace) -> int:
 def _eval(options: argparse.Namespace) -> int:
     from .eval.reconstruction import evaluate_reconstruction
     from .train import load_sae
-    from .train.activations import load_activations
 
-    figures = evaluate_reconstruction(load_sae(options.checkpoint), load_activations(options.activations, options.key))
+    sae = load_sae(options.checkpoint)
+    figures = evaluate_reconstruction(sae.to(options.device), _activations(options.activations, options.key))
     if options.json is not None:
         options.json.write_text(json.dumps(figures, indent=2) + "\n")
     print(json.dumps(figures) if options.quiet else cli_train.table(figures))
     return 0
+
+
+def _activations(place: str, key: str | None) -> "Tensor | Iterator[Tensor]":
+    """The matrix in a file, or those of a store's shards one after another."""
+    if "://" not in place and not Path(place).is_dir():
+        from .train.activations import load_activations
+
+        return load_activations(place, key)
+    from .data.store import ActivationStore
+
+    store = ActivationStore.open(place)
+    if key is not None:
+        raise ValueError(f"--key is for files; {place} is a store")
+    if store.kind != "activations":
+        raise ValueError(f"{place} is a store of {store.kind}; eval takes activations")
+    return (store.shard(number)["x"] for number in range(len(store.shards)))
 
 
 def _bench(options: argparse.Namespace) -> int:

@@ -14,12 +14,13 @@ import torch
 from sae_kernels import _native, cli, cli_train
 from sae_kernels._info import format_info, info
 from sae_kernels.data import simulate
+from sae_kernels.data.extract import extract
 from sae_kernels.data.store import RowWriter
 from sae_kernels.eval.reconstruction import evaluate_reconstruction
 from sae_kernels.experiments import demo, stages
-from sae_kernels.nn import VARIANTS
+from sae_kernels.nn import VARIANTS, TopKSAE
 from sae_kernels.ops import backend
-from sae_kernels.train import load_sae
+from sae_kernels.train import load_sae, save_sae
 from sae_kernels.train.activations import load_activations
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -70,8 +71,20 @@ def test_train_then_eval(tmp_path, acts, capsys):
     figures = json.loads((tmp_path / "figures.json").read_text())
     assert figures == pytest.approx(evaluate_reconstruction(sae, load_activations(acts)))
     assert all(name in shown for name in ("fvu", "cosine", "l0", "dead_share"))
-    assert cli.main(["eval", str(out), str(acts), "--quiet"]) == 0
+    assert cli.main(["eval", str(out), str(acts), "--quiet", "--device", "cpu"]) == 0
     assert json.loads(capsys.readouterr().out) == figures
+
+
+def test_eval_of_a_store(tmp_path, acts, capsys):
+    torch.manual_seed(0)
+    sae, x = TopKSAE(8, 16, 4), load_activations(acts)
+    save_sae(sae, tmp_path / "sae")
+    extract(torch.nn.Sequential(torch.nn.Identity()), "0", x, tmp_path / "store", shard_mb=0.003, progress=False)
+    command = ["eval", str(tmp_path / "sae"), str(tmp_path / "store")]
+    assert cli.main([*command, "--quiet"]) == 0
+    assert json.loads(capsys.readouterr().out) == pytest.approx(evaluate_reconstruction(sae, x))
+    assert cli.main([*command, "--key", "x"]) == 2
+    assert "--key is for files" in capsys.readouterr().err
 
 
 def test_train_says_what_came_out(tmp_path, acts, capsys):

@@ -75,7 +75,8 @@ def ours(rows: Iterable[Row]) -> Row | None:
 
 def size_text(row: Row) -> str:
     dtype = "" if row.dtype == "float32" else f" {row.dtype}"
-    return f"{row.rows} x {row.d_in} x {row.d_sae}, k {row.k}{dtype}"
+    sizes = " x ".join(str(size) for size in (row.rows, row.d_in, row.d_sae) if size)  # statistics know no d_in
+    return f"{sizes}, k {row.k}{dtype}"
 
 
 def losses(rows: Iterable[Row]) -> list[tuple[Row, Row]]:
