@@ -1,4 +1,4 @@
-"""The figures of large-scale work on this machine, each beside what was asked for.
+"""The figures of large-scale work on this machine, each beside its target.
 
     python -m benchmarks.extraction                                every part but the log
     python -m benchmarks.extraction --part log --threads 2         20 million positions: two forward passes over them

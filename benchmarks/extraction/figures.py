@@ -8,9 +8,9 @@ from collections.abc import Callable, Sequence
 Seconds = tuple[float, float]
 
 
-def say(what: str, value: str, asked: str = "", met: bool | None = None) -> None:
+def say(what: str, value: str, target: str = "", met: bool | None = None) -> None:
     verdict = {None: "", True: "met", False: "NOT MET"}[met]
-    print(f"{what:<66} {value:<44} {asked:<16} {verdict}".rstrip(), flush=True)
+    print(f"{what:<66} {value:<44} {target:<16} {verdict}".rstrip(), flush=True)
 
 
 def at_most(what: str, value: float, bound: float, note: str = "") -> None:
