@@ -38,6 +38,11 @@ class ActivationStats:
     latents to count among; a table of more than 4 GiB is refused. first_row: number of the first row; give shards of
     one stream their place in it. device: where the state lives.
 
+    Results beside the properties below, int64 unless said otherwise, None where not asked for: counts and rejected
+    [d_sae]; last_fired [d_sae], a row number, -1 for never; histogram [d_sae, bins + 2]; top_values [d_sae, top]
+    float64, descending, -inf beyond the firings, and their top_ids, -1 there; cooccurrence [d_sae, d_sae] or [m, m] of
+    cooccurrence_latents [m]: in how many rows two latents fire together.
+
     A firing is an entry whose value is not 0. NaN, Inf and magnitudes of 2^22 or more are counted in `rejected` and
     nowhere else. Sums are exact: each value and its square is rounded once to a multiple of 2^-64 and added as
     integers, so every split into batches, merging order and number of threads gives the same bits. A latent is
