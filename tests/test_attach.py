@@ -204,6 +204,22 @@ def test_two_modules_at_once_and_one_module_twice():
     assert torch.equal(model(x), plain)
 
 
+def test_a_handle_is_entered_once():
+    """A second `with` would run without the SAE, or take it out of the first."""
+    model, sae, x = nn.Sequential(nn.Linear(8, D)), make_sae(), torch.randn(5, 8)
+    plain, handle = model(x), attach(model, "0", sae)
+    with handle:
+        with pytest.raises(RuntimeError, match="attach '0': this handle was entered or removed already"):
+            handle.__enter__()
+        torch.testing.assert_close(model(x), sae(plain))
+    removed = attach(model, "0", sae)
+    removed.remove()
+    for one in (handle, removed):
+        with pytest.raises(RuntimeError, match="attach the SAE again"), one:
+            pass
+    assert torch.equal(model(x), plain)
+
+
 def test_attach_and_record_together_and_exceptions():
     model, sae, x = nn.Sequential(nn.Linear(8, D), nn.Linear(D, 3)), make_sae(), torch.randn(5, 8)
     before = hooks_of(model)

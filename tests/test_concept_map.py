@@ -1,6 +1,7 @@
 """The concept map, its lens, its bootstrap and tag tables, against dense fp64 and scipy-free definitions."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -291,3 +292,30 @@ def test_tag_table():
         interpret.tag_table(["a"], ["fun"], ["a"], counts=[-1])
     with pytest.raises(ValueError, match="2 items, 1 tags and 2 counts"):
         interpret.tag_table(["a", "b"], ["fun"], ["a"])
+    with pytest.raises(TypeError, match="tag_table: tags must be texts, row 1 has nan"):
+        interpret.tag_table(["a", "b"], ["fun", math.nan], ["a", "b"])
+    with pytest.raises(ValueError, match="tag_table: the catalogue names item 'a' twice"):
+        interpret.tag_table(["a", "b"], ["fun", "fun"], ["a", "b", "a"])
+    numbers = interpret.tag_table(torch.tensor([7, 5]), ["fun", "fun"], torch.tensor([5, 6, 7]), min_items=1)
+    assert numbers.weights.tolist() == [[1], [0], [1]] and numbers.unknown_items == 0
+
+
+def test_gains_of_the_summary_are_over_the_concepts_that_both_have():
+    x, sae, concepts = planted()
+    found = interpret.concept_map(x, sae, concepts, resamples=0)
+    together = found.scores.together.clone()
+    together[1] = 0
+    found = replace(found, scores=replace(found.scores, together=together))
+    scores = found.baselines("auc")
+    kept = torch.tensor([0, 2, 3])
+    mine, raw = (float(scores[name][kept].mean()) - 0.5 for name in ("sae", "raw"))
+    assert scores["sae"][1].isnan() and not scores["raw"].isnan().any()
+    assert found.summary()["auc_gain_over_raw"] == pytest.approx(mine / raw)
+
+
+def test_names_of_concepts_are_their_own():
+    x, sae, concepts = planted()
+    twice = Concepts(["art", "birds", "art", "dance", "empty", "every"], concepts.labels)
+    for found in (interpret.concept_map, interpret.concept_readings):
+        with pytest.raises(ValueError, match=f"{found.__name__}: concepts must have names of their own, 'art' stands"):
+            found(x, sae, twice)

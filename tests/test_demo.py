@@ -79,7 +79,7 @@ def test_elsa_figures(elsa):
 def test_planted_concepts_are_recovered(elsa):
     _, results = elsa
     assert len(results["concepts"]) == 8
-    assert results["mean_auc"] > results["mean_auc_untrained"] + 0.05
+    assert results["mean_auc"] > results["mean_auc_untrained"] + 0.05 and 0 < results["untrained_concepts"] <= 8
     assert results["mean_auc"] > 0.7
 
 
@@ -248,6 +248,7 @@ def test_what_the_demo_refuses(tmp_path):
         ({**file, "model": "sasrec"}, "has no time order, which sasrec needs"),
         ({**file, "rating_col": "stars", "min_rating": 6.0}, "log.csv"),
         ({**file, "item_col": "item"}, "log.csv.*item"),
+        ({**file, "item_col": "who"}, "--user-col and --item-col must be two columns, got 'who' for both"),
         ({"simulate": (60, 12, 4)}, "12 items; lists of 20 need as many"),
     ]
     for options, message in refused:

@@ -6,6 +6,7 @@ import torch
 from sae_kernels import interpret
 from sae_kernels.data import Concepts, Histories
 from sae_kernels.interpret import detectors
+from sae_kernels.nn import TopKSAE
 from tests.test_concept_map import pair_auc, pearson, planted
 
 N, D, WIDE = 240, 12, 24
@@ -119,7 +120,8 @@ def test_readings_are_the_best_columns_and_their_other_half():
     }
     by = {(one.reading, one.detector): one for one in found}
     assert len(by) == 9 and all(one.names == ["art", "birds", "cars", "dance"] for one in found)
-    half = torch.rand(N, generator=torch.Generator().manual_seed(0)) < 0.5
+    half = torch.zeros(N, dtype=torch.bool)
+    half[halves(N)[0]] = True
     for key, (z, rows) in columns.items():
         one, raw = by[key], key[1] == "raw dimensions"
         for c in range(4):
@@ -169,3 +171,42 @@ def test_readings_of_positions_and_of_some_items():
         torch.testing.assert_close(one.auc, other.auc, rtol=0, atol=1e-12)
     with pytest.raises(ValueError, match=r"concept_readings: x has 120 rows and the concepts 240 items; give items"):
         interpret.concept_readings(x[:120], sae, concepts)
+
+
+def halves(n):
+    one = torch.randperm(n, generator=torch.Generator().manual_seed(0))
+    return one[: n // 2], one[n // 2 :]
+
+
+def test_support_is_asked_for_where_a_latent_is_chosen_alone():
+    """In either half one latent fires on six of the concept's eight items, and on one of the other half's."""
+    x, y = torch.zeros(60, 2), torch.zeros(60, 1, dtype=torch.bool)
+    for latent, half in enumerate(halves(60)):
+        y[half[:8]] = True
+        x[half[:6], latent] = x[half[6], 1 - latent] = 1.0
+    sae = TopKSAE(2, 2, 1).eval()
+    with torch.no_grad():
+        sae.W_enc.copy_(torch.eye(2)), sae.W_dec.copy_(torch.eye(2))
+    one = interpret.concept_readings(x, sae, Concepts(["a"], y))[0]
+    assert (one.reading, one.detector) == ("activation", "latents")
+    assert one.auc_held_out.item() == pytest.approx(0.5 + 1 / 16)
+    found = interpret.concept_readings(x, sae, Concepts(["a"], y), min_support=7)[0]
+    assert found.auc_held_out.isnan() and found.auc.item() == pytest.approx(0.5 + 7 / 32)
+
+
+def test_gains_are_over_the_concepts_that_both_have():
+    def one(detector, *auc):
+        auc = torch.tensor(auc)
+        return interpret.Reading("lens", detector, ["a", "b"], torch.zeros(2), auc, auc, auc, auc)
+
+    known = [one(name, 0.6, 0.9) for name in interpret.readings.DETECTORS]
+    latents = interpret.readings_table([one("latents", 0.7, torch.nan), *known[1:]])[0]
+    assert latents["auc_gain"] == latents["auc_held_out_gain"] == pytest.approx(2.0)
+    assert latents["auc"] == pytest.approx(0.7) and latents["concepts"] == 1
+
+
+def test_halves_of_items_that_were_themselves_drawn():
+    x, sae, concepts = planted()
+    told = (torch.rand(N, generator=torch.Generator().manual_seed(0)) >= 0.5).nonzero().squeeze(1)
+    found = interpret.concept_readings(x[told], sae, concepts, items=told, head=x, min_support=2)
+    assert not any(one.auc_held_out.isnan().any() for one in found if one.reading == "lens")

@@ -156,8 +156,29 @@ def test_mix_keeps_the_mass(alpha, k, latents, seed):
     edited = steer.mix(latents, alpha)(code)
     mass = code.values.sum(-1)
     torch.testing.assert_close(edited.values.sum(-1), mass, rtol=1e-13, atol=0)
-    assert (edited.to_dense()[:, latents] >= (alpha / len(latents) * mass * (1 - 1e-12)).unsqueeze(1)).all()
+    least = alpha / len(latents) * mass * (1 - 1e-12) - 1e-300  # of an alpha that is subnormal
+    assert (edited.to_dense()[:, latents] >= least.unsqueeze(1)).all()
     assert edited.values.shape[-1] == k + len(latents)
+
+
+@pytest.mark.parametrize("activation", ["relu", "none", "abs"])
+def test_mixes_are_towards_the_latents_whatever_the_sign_of_the_code(activation):
+    g = torch.Generator().manual_seed(0)
+    sae = TopKSAE(8, D, 4, activation=activation, generator=g).double().eval()
+    code = sae.encode(torch.randn(60, 8, generator=g, dtype=torch.float64))
+    code = code.replace(values=code.values.detach())
+    # a slot that takes something back leaves less of its latent to mix
+    back = code.replace(
+        values=torch.cat([code.values, -0.5 * code.values[:, :1]], 1),
+        indices=torch.cat([code.indices, code.indices[:, :1]], 1),
+    )
+    for one in (code, back):
+        mass = one.to_dense().abs().sum(-1)
+        for edit in (steer.mix(LATENTS, 0.6, [1.0, 2.0, 1.0]), steer.mix_near(LATENTS, 0.6, sae.W_dec.detach())):
+            added = edit(one).values[:, -len(LATENTS) :]
+            assert (added >= 0).all()
+            torch.testing.assert_close(added.sum(-1), 0.6 * mass)
+    assert (code.values.sum(-1) < 0).any() == (activation == "abs")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

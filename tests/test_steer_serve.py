@@ -184,6 +184,9 @@ def test_popularity_latents_find_the_mainstream():
         steer.popularity_latents(SparseCode(values, indices, 8), histories, 0.6)
     with pytest.raises(ValueError, match="code has 49 rows and histories 50 users"):
         steer.popularity_latents(SparseCode(values[1:], indices[1:], 8), histories)
+    few = histories.select(torch.arange(9))
+    with pytest.raises(ValueError, match="popularity_latents: a share of 0.2 of 9 users is 1; either side needs 2"):
+        steer.popularity_latents(SparseCode(values[:9], indices[:9], 8), few)
 
 
 def test_group_code():
@@ -216,6 +219,11 @@ def test_dhondt():
     assert torch.bincount(got[0]).tolist() == [4, 2, 1] and got[0].tolist() == [0, 0, 1, 2, 0, 0, 1]
     assert got[1].tolist() == [1, 2, 1, 2, 1, 2, 1]
     assert steer.dhondt(torch.ones(2, 3), 0).shape == (2, 0)
+    # the same shares as counts and as parts of one; .3 / 3 and .1 differ by rounding
+    counts = torch.tensor([[3.0, 1, 6], [1, 3, 9], [7, 14, 49]])
+    for dtype in (torch.float32, torch.float64):
+        votes = counts.to(dtype)
+        assert torch.equal(steer.dhondt(votes / votes.sum(1, keepdim=True), 40), steer.dhondt(votes, 40))
     with pytest.raises(ValueError, match="with a positive one in every row"):
         steer.dhondt(torch.zeros(1, 3), 2)
 
@@ -256,6 +264,10 @@ def test_calibration_brings_the_lists_to_the_shares():
     assert torch.equal(steer.calibrated(ranker, users, [[0]], shares[:, :1] * 0, 10), plain)
     first_of_equal = steer.calibrated(ranker, users, [[2], [0], [1]], torch.ones(20, 3), 10, alpha=0.95, top=1)
     assert torch.equal(first_of_equal, ranker.rank(users, 10, steer.mix([2], 0.95))[0])
+    with pytest.raises(ValueError, match="calibrated: concept 1 has no latents, and users have a share of it"):
+        steer.calibrated(ranker, users, [[0], [], [2]], shares, 10)
+    unasked = steer.calibrated(ranker, users, [[0], [], [2]], shares * torch.tensor([1, 0, 1]), 10)
+    assert unasked.shape == (20, 10)
     with pytest.raises(ValueError, match="top must be between 1 and"):
         steer.calibrated(ranker, users, [[0], [1], [2]], shares, 10, top=0)
     with pytest.raises(ValueError, match=r"shares must be \[20 users, 2 concepts\], got \(20, 3\)"):

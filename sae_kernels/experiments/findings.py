@@ -51,7 +51,7 @@ def interpret(model: nn.Module, sae: TopKSAE, parts: Parts, counts: Tensor) -> d
     found["latents"] = _latents(counts, examples, name_latents(scores, concepts.names))
     kept = torch.tensor([place[one.concept] for one in best])
     found["mean_auc"] = float(torch.tensor([one.auc for one in best]).mean())
-    found["mean_auc_untrained"] = _untrained(sae, x, labels[:, kept])
+    found["mean_auc_untrained"], found["untrained_concepts"] = _untrained(sae, x, labels[:, kept])
     found["mean_auc_raw"] = float(best_raw_auc(x, labels[:, kept]).mean())
     return found
 
@@ -96,14 +96,16 @@ def _latents(counts: Tensor, examples: dict[int, list[dict[str, Any]]], names: d
     return sorted(rows, key=lambda row: (-(row["auc"] or 0), -density[row["latent"]]))[:LISTED]
 
 
-def _untrained(sae: TopKSAE, x: Tensor, labels: Tensor) -> float:
-    """The mean best AUC of a SAE that has learnt nothing: what picking the best of d_sae is worth alone."""
+def _untrained(sae: TopKSAE, x: Tensor, labels: Tensor) -> tuple[float, int]:
+    """The mean best AUC of a SAE that has learnt nothing, what picking the best of d_sae is worth alone; and over how
+    many concepts: those on which one of its latents has the support, NaN where there is none.
+    """
     blank = untrained(sae)
     with torch.no_grad():
         codes = [blank.encode(part) for part in x.split(4096)]
     values, indices = torch.cat([c.values for c in codes]), torch.cat([c.indices for c in codes])
     best = best_latents(concept_scores(values, indices, sae.d_sae, labels), [str(i) for i in range(labels.shape[1])])
-    return float(torch.tensor([one.auc for one in best]).mean())
+    return float(torch.tensor([one.auc for one in best]).mean()), len(best)
 
 
 def best_raw_auc(x: Tensor, labels: Tensor) -> Tensor:

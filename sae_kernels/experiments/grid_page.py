@@ -81,19 +81,20 @@ def _kept_figure(results: list["CellResult"]) -> Any:
     made = figure(420, "the grid's page", xaxis_title="k, active latents", yaxis_title="accuracy kept")
     groups, variants = _groups(results), list(dict.fromkeys(one.variant for one in results))
     widths = sorted({one.width for one in results})
-    dashes = ("dot", "dash", "solid", "longdash", "dashdot")
+    dashes = ("solid", "dash", "dot", "longdash", "dashdot", "longdashdot")  # from the widest on
     for variant in variants:
         for place, width in enumerate(widths):
             cells = [(k, group) for (name, w, k), group in groups.items() if (name, w) == (variant, width)]
             errors = [stdev([one.kept for one in group]) if len(group) > 1 else 0 for _, group in cells]
-            colour = PALETTE[variants.index(variant) % len(PALETTE)]
+            colour, symbol = _look(variants.index(variant))
             made.add_scatter(
                 name=f"{variant} {width}x",
                 x=[k for k, _ in cells],
                 y=[fmean(one.kept for one in group) for _, group in cells],
                 error_y={"array": errors, "visible": any(errors), "thickness": 1.2},
                 mode="lines+markers",
-                line={"color": colour, "width": 2, "dash": dashes[max(0, place - len(widths) + 3) % len(dashes)]},
+                line={"color": colour, "width": 2, "dash": dashes[(len(widths) - 1 - place) % len(dashes)]},
+                marker={"symbol": symbol},
             )
     ticks = sorted({one.k for one in results})
     made.update_xaxes(type="log", tickvals=ticks, ticktext=[str(k) for k in ticks])
@@ -103,17 +104,24 @@ def _kept_figure(results: list["CellResult"]) -> Any:
     return made
 
 
+def _look(place: int) -> tuple[str, str]:
+    """The colour and the marker of a variant; past the last colour, the colours again with the next marker."""
+    again, colour = divmod(place, len(PALETTE))
+    return PALETTE[colour], ("circle", "diamond", "square")[again % 3]
+
+
 def _cosine_figure(results: list["CellResult"]) -> Any:
     made = figure(360, "the grid's page", xaxis_title="mean cosine", yaxis_title="accuracy kept")
     made.update_yaxes(tickformat=".0%")
     for place, variant in enumerate(dict.fromkeys(one.variant for one in results)):
         here = [one for one in results if one.variant == variant]
+        colour, symbol = _look(place)
         made.add_scatter(
             name=variant,
             x=[one.cosine for one in here],
             y=[one.kept for one in here],
             mode="markers",
-            marker={"color": PALETTE[place % len(PALETTE)], "size": 9, "opacity": 0.8},
+            marker={"color": colour, "symbol": symbol, "size": 9, "opacity": 0.8},
             text=[f"{one.width}x, k = {one.k}, seed {one.seed}" for one in here],
             hovertemplate="%{text}: cosine %{x:.3f}, kept %{y:.1%}<extra></extra>",
         )

@@ -5,7 +5,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from .._plots import ACCENT, BASE, FONT, MUTED, PALETTE, SAE
+from .._plots import ACCENT, BASE, FONT, MUTED, PALETTE, SAE, plain
 from .._plots import figure as _figure
 from ..train.checkpoint import need
 
@@ -170,42 +170,35 @@ def _concepts_section(results: dict[str, Any]) -> str:
     if not rows:
         return ""
     shown = sorted(rows, key=lambda row: -row["auc"])[:AUC_BARS]
-    figure = _figure(70 + 21 * len(shown), xaxis_title="AUC of the best latent")
+    figure = _figure(70 + 21 * len(shown), xaxis_title="AUC")
     figure.add_bar(
         orientation="h",
         x=[row["auc"] for row in shown][::-1],
-        y=[row["concept"] for row in shown][::-1],
+        y=[plain(row["concept"]) for row in shown][::-1],
         marker_color=SAE,
         customdata=[[row["latent"], row["precision"], row["recall"], row["items"]] for row in shown][::-1],
         hovertemplate="%{y}: AUC %{x:.3f}<br>latent %{customdata[0]}, precision %{customdata[1]:.2f}, "
         "recall %{customdata[2]:.2f}, %{customdata[3]} items<extra></extra>",
     )
     figure.update_xaxes(range=[0.5, 1])
-    figure.update_layout(margin={"l": 150, "t": 28})
-    # the labels stand at two heights, as the lines can lie close together
-    controls = (
-        ("mean_auc_untrained", "untrained SAE", MUTED, 1.0),
-        ("mean_auc_raw", "best raw dimension", ACCENT, 1.0),
-    )
-    ordered = sorted(controls, key=lambda control: results[control[0]])
-    for (key, label, colour, _), anchor in zip(ordered, ("right", "left"), strict=True):
-        figure.add_vline(x=results[key], line={"color": colour, "width": 1.5, "dash": "dot"})
-        figure.add_annotation(
-            x=results[key],
-            y=1,
-            yref="paper",
-            yanchor="bottom",
-            xanchor=anchor,
-            text=f"{label} {results[key]:.3f}",
-            showarrow=False,
-            font={"color": colour, "size": 12},
-        )
+    figure.update_layout(margin={"l": 150})
+    # above the plot, where they wrap: beside their lines the labels do not fit on a narrow screen
+    labels = []
+    for key, label, colour in (
+        ("mean_auc_untrained", "untrained SAE", MUTED),
+        ("mean_auc_raw", "best raw dimension", ACCENT),
+    ):
+        if math.isfinite(results[key]):
+            figure.add_vline(x=results[key], line={"color": colour, "width": 1.5, "dash": "dot"})
+            labels.append(f"<span style='color:{colour}'>{label} {results[key]:.3f}</span>")
     some = f" The {AUC_BARS} best of {len(rows)} are shown." if len(rows) > AUC_BARS else ""
     note = (
         "How well one latent tells the items of a concept from the others: 0.5 is chance, 1 perfect. Dotted: the mean "
-        f"over all concepts for an untrained SAE, and for the best single dimension of the embedding.{some}"
+        "over all concepts for the best single dimension of the embedding, and for an untrained SAE over the "
+        f"{results['untrained_concepts']} of {len(rows)} on which a latent of it fires often enough.{some}"
     )
-    return section("Concepts and their latents", note, plot(figure))
+    legend = f"<p class='note'>Bars: the best latent. Dotted: {', '.join(labels)}.</p>" if labels else ""
+    return section("Concepts and their latents", note, legend + plot(figure))
 
 
 def _steering_section(results: dict[str, Any]) -> str:
@@ -216,8 +209,8 @@ def _steering_section(results: dict[str, Any]) -> str:
         300, xaxis_title="strength", yaxis_tickformat=".0%", yaxis_title="share of the top 20", yaxis_rangemode="tozero"
     )
     ndcg = _figure(300, xaxis_title="strength", yaxis_title="nDCG@20", yaxis_rangemode="tozero")
-    for place, name in enumerate(dict.fromkeys(row["concept"] for row in rows)):
-        here = [row for row in rows if row["concept"] == name]
+    for place, concept in enumerate(dict.fromkeys(row["concept"] for row in rows)):
+        here, name = [row for row in rows if row["concept"] == concept], plain(concept)
         x, colour = [row["strength"] for row in here], PALETTE[place % len(PALETTE)]
         for figure, key in ((share, "concept_share"), (ndcg, "ndcg")):
             figure.add_scatter(
@@ -241,7 +234,8 @@ def _steering_section(results: dict[str, Any]) -> str:
 
 def _density_figure(results: dict[str, Any]) -> Any:
     figure = _figure(280, xaxis_title="share of rows on which a latent fires", yaxis_title="latents", bargap=0.04)
-    logs = [math.log10(density) for density in results["density"] if density > 0]
+    # bins are open above: a latent that fires on every row goes into the last one
+    logs = [min(math.log10(density), -1e-9) for density in results["density"] if density > 0]
     low = math.floor(min(logs, default=-1))
     figure.add_histogram(
         x=logs,
@@ -249,8 +243,9 @@ def _density_figure(results: dict[str, Any]) -> Any:
         marker_color=SAE,
         hovertemplate="%{y} latents<extra></extra>",
     )
-    ticks = list(range(low, 1))
-    figure.update_xaxes(tickvals=ticks, ticktext=[f"{100 * 10.0**tick:g} %" for tick in ticks])
+    shares = [digit * 10.0**power for power in range(low, 0) for digit in (1, 2, 5)] + [1.0]
+    ticktext = [f"{100 * share:g} %" for share in shares]
+    figure.update_xaxes(tickvals=[math.log10(share) for share in shares], ticktext=ticktext)
     return figure
 
 

@@ -74,6 +74,8 @@ def load_data(config: Any) -> Interactions:
     if config.interactions is not None:
         if config.user_col is None or config.item_col is None:
             raise ValueError("--interactions needs --user-col and --item-col, the names of its columns")
+        if config.user_col == config.item_col:
+            raise ValueError(f"--user-col and --item-col must be two columns, got {config.user_col!r} for both")
         return read_interactions(
             config.interactions, *columns[:4], min_rating=config.min_rating, min_user=5, duplicates="last"
         )

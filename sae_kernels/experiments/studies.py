@@ -14,7 +14,7 @@ from ..interpret import plots as concept_plots
 from ..steer import SteeringRow, pareto_front
 from ..steer import plots as steer_plots
 from .demo import DemoConfig, run_demo
-from .study import StudyConfig, run_study
+from .study import StudyConfig, run_digest, run_study
 from .study_steering import LOSSES
 
 
@@ -34,14 +34,23 @@ class StudiesConfig:
     study: dict[str, Any] = field(default_factory=dict)
     demo: dict[str, Any] = field(default_factory=dict)
 
+    def check(self) -> None:
+        """Raises ValueError naming what is out of range."""
+        StudyConfig(self.out, **self.study).check()
+        if len({Path(run).resolve() for run in self.runs}) < len(self.runs):
+            raise ValueError(f"RUN must name each folder once, got {' '.join(map(str, self.runs))}")
+        if not self.runs and (not self.seeds or len(set(self.seeds)) < len(self.seeds)):
+            given = " ".join(map(str, self.seeds))
+            raise ValueError(f"--seeds must name at least one value, each once, got {given}")
+
 
 def run_studies(config: StudiesConfig) -> list[dict[str, Any]]:
     """Studies what is not studied yet, and writes summary.csv and summary.html; returns every run's figures.
 
-    A run that was cut goes on, a finished one is left alone: the same command again does what is missing. Raises as
-    run_demo and run_study.
+    A run that was cut goes on, a finished one is left alone: the same command again does what is missing. A run that
+    was made anew is studied anew. Raises ValueError for a run or a seed given twice, and as run_demo and run_study.
     """
-    StudyConfig(config.out, **config.study).check()
+    config.check()
     runs = config.runs or [_made(config, seed) for seed in config.seeds]
     found = [_studied(StudyConfig(run, **config.study)) for run in runs]
     config.out.mkdir(parents=True, exist_ok=True)
@@ -102,7 +111,7 @@ def _studied(config: StudyConfig) -> dict[str, Any]:
     path = config.folder / "study.json"
     if path.is_file():
         found = json.loads(path.read_text())
-        if found["config"] == config.identity():
+        if found["config"] == config.identity() and found.get("run") == run_digest(Path(config.run)):
             print(f"{config.run} is studied already", flush=True)
             return found
     print(f"studying {config.run}", flush=True)

@@ -1,6 +1,7 @@
 """What the latents of a demo run mean, what they explain, and what steering by them does, as tables and pages."""
 
 import csv
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -59,9 +60,11 @@ class StudyConfig:
 
     def check(self) -> None:
         """Raises ValueError naming what is out of range."""
-        for name, least in (("users", 1), ("explained", 0), ("resamples", 0)):
+        for name, least in (("users", 1), ("explained", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"--{name} must be at least {least}, got {getattr(self, name)}")
+        if self.resamples < 0 or self.resamples == 1:
+            raise ValueError(f"--resamples must be 0 or at least 2, got {self.resamples}")
         if not 0 <= self.untagged < 1:
             raise ValueError(f"--untagged must be in [0, 1), got {self.untagged}")
         if 0.0 not in self.strengths:
@@ -104,6 +107,7 @@ def run_study(config: StudyConfig) -> Study:
     config.check()
     out = config.folder
     model, sae, parts = load_run(Path(config.run))
+    digest = run_digest(Path(config.run))
     told = torch.rand(parts.data.n_items, generator=torch.Generator().manual_seed(0)) >= config.untagged
     *_, items, x = stages.coded_items(model, sae, parts)
     out.mkdir(parents=True, exist_ok=True)
@@ -124,7 +128,7 @@ def run_study(config: StudyConfig) -> Study:
     if config.explained:
         _explanations(model, sae, parts, found, titles, config, out)
     study = Study(found, readings, steering)
-    note = {"config": config.identity(), "data": parts.data.name, **study.figures()}
+    note = {"config": config.identity(), "run": digest, "data": parts.data.name, **study.figures()}
     (out / "study.json").write_text(json.dumps(note, indent=1) + "\n")
     print(f"tables and pages: {out}")
     return study
@@ -146,6 +150,14 @@ def load_run(run: Path) -> tuple[nn.Module, TopKSAE, Parts]:
     model = stages.new_recommender(parts, settings)
     stages.restore_recommender(model, run / "recommender.safetensors")
     return model, load_sae(run / "sae"), parts
+
+
+def run_digest(run: Path) -> str:
+    """Of the files that load_run reads: another one after the demo has run anew into the folder."""
+    found = hashlib.sha256()
+    for name in ("run.json", "recommender.safetensors", "sae/config.json", "sae/model.safetensors"):
+        found.update(hashlib.sha256((run / name).read_bytes()).digest())
+    return found.hexdigest()
 
 
 def _interpret(

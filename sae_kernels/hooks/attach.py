@@ -58,7 +58,7 @@ def attach(
 
 class AttachHandle:
     """An SAE in place. `edit`, `mask` and `error_term` can be set at any time; `code` is the last code, before the edit
-    ([..., k]; [B, k] for positions="last"); remove(), or leaving a `with` block, restores the model."""
+    ([..., k]; [B, k] for positions="last"); remove(), or leaving its one `with` block, restores the model."""
 
     code: SparseCode | None
 
@@ -86,6 +86,7 @@ class AttachHandle:
         self._index, self._key = output_index, output_key
         self._source = MaskSource(model, mask, "attach")
         self._handles = [self._source, module.register_forward_hook(self._hook)]
+        self._entered = False
 
     @property
     def mask(self) -> Mask | None:
@@ -99,8 +100,12 @@ class AttachHandle:
         """Restores the model; harmless when repeated."""
         for handle in self._handles:
             handle.remove()
+        self._handles.clear()
 
     def __enter__(self) -> AttachHandle:
+        if self._entered or not self._handles:
+            raise RuntimeError(f"{self._where}: this handle was entered or removed already; attach the SAE again")
+        self._entered = True
         return self
 
     def __exit__(self, *exc: object) -> None:

@@ -12,7 +12,7 @@ from ..nn import TopKSAE
 from ..ops import _checks
 from ..ops.activation_stats import ActivationStats
 from .bootstrap import bootstrap_intervals
-from .concepts import ConceptScores, best_scores, concept_mass, concept_scores, tfidf
+from .concepts import ConceptScores, best_scores, concept_mass, concept_scores, either_way_scores, tfidf
 from .lens import logit_lens
 
 CHUNK = 4096  # rows that are encoded at once
@@ -90,7 +90,7 @@ class ConceptMap:
             raise ValueError(f"baselines: by must be one of {', '.join(SCORES)}, got {by!r}")
         found = {"sae": best_scores(self.scores, by, self.min_support)[0]}
         if self.raw is not None and by in ("auc", "correlation"):
-            found["raw"] = _either_way(self.raw, by)
+            found["raw"] = either_way_scores(self.raw, by).amax(1)
         if self.random is not None:
             found["random"] = best_scores(self.random, by, self.min_support)[0]
         return {name: score.masked_fill(score.isinf(), torch.nan) for name, score in found.items()}
@@ -120,8 +120,8 @@ class ConceptMap:
         """Means over the concepts, and the SAE against the controls.
 
         auc_gain_over_raw: the SAE's mean AUC above 0.5 over the raw dimensions'; correlation_gain_over_raw: the ratio
-        of the means; auc_above_random, correlation_above_random: share of the concepts. live_share: of the latents that
-        fire on any row. NaN where a control is absent.
+        of the means; over the concepts that both have. auc_above_random, correlation_above_random: share of the
+        concepts. live_share: of the latents that fire on any row. NaN where a control is absent.
         """
         found = {"concepts": len(self.names), "left_out": len(self.left_out), "rows": self.scores.rows}
         found["live_share"] = 1 - self.stats.dead_share
@@ -130,10 +130,11 @@ class ConceptMap:
             for name, score in scores.items():
                 found[f"mean_{by}" if name == "sae" else f"mean_{by}_{name}"] = float(score.nanmean())
             nothing = torch.full_like(scores["sae"], torch.nan)
-            gain, raw = scores["sae"].nanmean() - chance, scores.get("raw", nothing).nanmean() - chance
-            found[f"{by}_gain_over_raw"] = float(gain / raw)
-            both = ~(scores["sae"].isnan() | scores.get("random", nothing).isnan())
-            above = scores["sae"][both] > scores.get("random", nothing)[both]
+            sae, raw, random = (scores.get(name, nothing) for name in ("sae", "raw", "random"))
+            both = ~(sae.isnan() | raw.isnan())
+            found[f"{by}_gain_over_raw"] = float((sae[both].mean() - chance) / (raw[both].mean() - chance))
+            both = ~(sae.isnan() | random.isnan())
+            above = sae[both] > random[both]
             found[f"{by}_above_random"] = float(above.double().mean())
         return found
 
@@ -222,7 +223,11 @@ def concept_map(
 
 
 def untrained(sae: TopKSAE, seed: int = 0) -> TopKSAE:
-    """The SAE as it was before it learnt, with its normaliser and refit: the control for the best of d_sae."""
+    """A SAE of these sizes, normaliser and refit that has learnt nothing: the control for the best of d_sae.
+
+    A TopKSAE with tied weights, whatever the SAE is: how it started is not kept, and the thresholds of a JumpReLUSAE or
+    a BatchTopKSAE come from training alone. It fires k latents per row, as those are trained to on average.
+    """
     generator = torch.Generator(sae.W_enc.device).manual_seed(seed)
     options = {"activation": sae.activation, "device": sae.W_enc.device, "dtype": sae.W_enc.dtype}
     blank = TopKSAE(sae.d_in, sae.d_sae, sae.k, generator=generator, **options)
@@ -233,12 +238,6 @@ def untrained(sae: TopKSAE, seed: int = 0) -> TopKSAE:
 def encoded(sae: TopKSAE, x: Tensor) -> tuple[Tensor, Tensor]:
     codes = [sae.encode(part) for part in x.split(CHUNK)]
     return torch.cat([code.values for code in codes]), torch.cat([code.indices for code in codes])
-
-
-def _either_way(scores: ConceptScores, by: str) -> Tensor:
-    if by == "auc":
-        return torch.maximum(scores.auc, 1 - scores.auc).amax(1)
-    return scores.correlation.abs().amax(1)
 
 
 def _intervals(values, indices, labels, items, scores, by, min_support, resamples, seed) -> Tensor:
@@ -272,6 +271,9 @@ def checked_items(op: str, x: Tensor, sae: TopKSAE, concepts: Concepts, items: T
     _checks.tensor(op, "x", x, 2)
     if not isinstance(concepts, Concepts):
         raise TypeError(f"{op}: concepts must be Concepts, got {type(concepts).__name__}")
+    repeated = [name for place, name in enumerate(concepts.names) if name in concepts.names[:place]]
+    if repeated:
+        raise ValueError(f"{op}: concepts must have names of their own, {repeated[0]!r} stands twice")
     if x.shape[1] != sae.d_in:
         raise ValueError(f"{op}: x {tuple(x.shape)} must end in the SAE's d_in = {sae.d_in}")
     n_items = len(concepts.labels)

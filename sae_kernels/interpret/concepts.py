@@ -136,6 +136,13 @@ def best_scores(scores: ConceptScores, by: str, min_support: int) -> tuple[Tenso
     return best, torch.where(score == best.unsqueeze(1), latents, score.shape[1]).amin(1)
 
 
+def either_way_scores(scores: ConceptScores, by: str) -> Tensor:
+    """[n_concepts, d_sae]: the score of a column that may point either way; by: "auc" or "correlation"."""
+    if by not in ("auc", "correlation"):
+        raise ValueError(f"either way there are auc and correlation alone, got {by!r}")
+    return torch.maximum(scores.auc, 1 - scores.auc) if by == "auc" else scores.correlation.abs()
+
+
 def name_latents(
     scores: ConceptScores, names: Sequence[str], *, min_auc: float = 0.6, min_lift: float = 2.0, min_support: int = 5
 ) -> dict[int, ConceptLatent]:

@@ -1,10 +1,11 @@
 """Plots of a concept map: concepts against the controls, selectivity, and how much of the latents is explained."""
 
+from math import isfinite
 from typing import Any
 
 import torch
 
-from .._plots import ACCENT, BASE, SAE, figure
+from .._plots import ACCENT, BASE, SAE, figure, known, plain
 from .concept_map import ConceptMap
 from .readings import DETECTORS
 from .selectivity import explained_share, selectivity
@@ -18,22 +19,24 @@ COLOURS = {"sae": SAE, "raw": ACCENT, "random": BASE}
 
 def concepts_figure(found: ConceptMap, by: str = "auc", bars: int = BARS) -> Any:
     """The best latent of every concept with its interval, beside the controls; the `bars` best concepts."""
-    scores = {name: score.nan_to_num(0) for name, score in found.baselines(by).items()}
-    order = scores["sae"].argsort(descending=True, stable=True)[:bars].flip(0)
-    names = [found.names[c] for c in order.tolist()]
+    scores = found.baselines(by)
+    order = scores["sae"].nan_to_num(nan=-torch.inf).argsort(descending=True, stable=True)[:bars].flip(0)
+    names = [plain(found.names[c]) for c in order.tolist()]
     made = figure(90 + 21 * len(names), xaxis_title={"auc": "AUC", "correlation": "correlation"}[by])
     made.update_layout(margin={"l": 160, "t": 34})
     for name in ("raw", "random"):
         if name in scores:
             marker = {"color": COLOURS[name], "size": 7, "symbol": "diamond" if name == "raw" else "circle"}
-            made.add_scatter(x=scores[name][order].tolist(), y=names, mode="markers", marker=marker, name=NAMES[name])
-    low, high = getattr(found, f"{by}_interval")[order].nan_to_num(0).unbind(1)
+            x = known(scores[name][order].tolist())
+            made.add_scatter(x=x, y=names, mode="markers", marker=marker, name=NAMES[name])
+    low, high = getattr(found, f"{by}_interval")[order].unbind(1)
     best = scores["sae"][order]
-    bar = {"array": (high - best).clamp(min=0).tolist(), "arrayminus": (best - low).clamp(min=0).tolist()}
+    up, down = ((end - start).clamp(min=0).nan_to_num(0).tolist() for start, end in ((best, high), (low, best)))
+    bar = {"array": up, "arrayminus": down}
     style = {"type": "data", "symmetric": False, "thickness": 1.4, "width": 0, "color": SAE}
     marker = {"color": SAE, "size": 9}
     made.add_scatter(
-        x=best.tolist(), y=names, mode="markers", marker=marker, name=NAMES["sae"], error_x={**style, **bar}
+        x=known(best.tolist()), y=names, mode="markers", marker=marker, name=NAMES["sae"], error_x={**style, **bar}
     )
     return made
 
@@ -71,7 +74,10 @@ def selectivity_figure(found: ConceptMap) -> Any:
 
 
 def explained_figure(found: ConceptMap, by: str = "correlation") -> Any:
-    """The share of the firing latents that some concept explains at every threshold, beside the controls."""
+    """The share of the firing latents that some concept explains at every threshold, beside the controls.
+
+    A raw dimension may point either way.
+    """
     low = {"auc": 0.5, "correlation": 0.0}[by]
     thresholds = torch.linspace(low, 1, 51).tolist()
     made = figure(320, xaxis_title=f"{by} with the best concept", yaxis_title="share of the firing latents")
@@ -80,9 +86,8 @@ def explained_figure(found: ConceptMap, by: str = "correlation") -> Any:
         if scores is not None:
             label = {"sae": "SAE", "raw": "raw dimensions", "random": "untrained SAE"}[name]
             line = {"color": COLOURS[name], "width": 2.2}
-            made.add_scatter(
-                x=thresholds, y=explained_share(scores, thresholds, by), line=line, mode="lines", name=label
-            )
+            share = explained_share(scores, thresholds, by, either_way=name == "raw")
+            made.add_scatter(x=thresholds, y=share, line=line, mode="lines", name=label)
     return made
 
 
@@ -97,15 +102,16 @@ def readings_figure(table: list[dict], by: str = "auc") -> Any:
     for place, detector in enumerate(DETECTORS):
         rows = [row for row in table if row["detector"] == detector]
         names = [READINGS[row["reading"]] for row in rows]
-        errors = [row.get(f"{by}_spread", 0) for row in rows]
+        errors = [error if isfinite(error) else 0 for error in (row.get(f"{by}_spread", 0) for row in rows)]
         made.add_bar(
-            x=names, y=[row[by] for row in rows], name=detector, marker_color=(SAE, ACCENT, BASE)[place],
+            x=names, y=known(row[by] for row in rows), name=detector, marker_color=(SAE, ACCENT, BASE)[place],
             offsetgroup=place, error_y={"array": errors, "visible": any(errors), "color": INK, "thickness": 1.2},
-            text=[f"{row[by]:.3f}" for row in rows], textposition="outside",
+            text=[f"{row[by]:.3f}" if isfinite(row[by]) else "" for row in rows], textposition="outside",
         )  # fmt: skip
         made.add_scatter(
-            x=names, y=[row[f"{by}_held_out"] for row in rows], mode="markers", offsetgroup=place, showlegend=not place,
-            name="chosen and scored on different items", marker={"color": INK, "size": 8, "symbol": "line-ew-open"},
+            x=names, y=known(row[f"{by}_held_out"] for row in rows), mode="markers", offsetgroup=place,
+            showlegend=not place, name="chosen and scored on different items",
+            marker={"color": INK, "size": 8, "symbol": "line-ew-open"},
         )  # fmt: skip
     made.update_layout(scattermode="group")
     return made
@@ -123,13 +129,16 @@ def reading_pages(table: list[dict]) -> list[tuple[str, str, Any]]:
 
 def pages(found: ConceptMap, readings: list[dict] | None = None) -> list[tuple[str, str, Any]]:
     """(heading, note, figure) of all of them, for `write_page`; readings: as readings_table gives them."""
-    chance = (
-        "Bars: 95 % bootstrap intervals over items. The controls are what picking the best detector is worth alone."
-    )
+    controls = "The controls are what picking the best detector is worth alone."
+
+    def note(by: str) -> str:
+        drawn = not bool(getattr(found, f"{by}_interval").isnan().all())
+        return "Bars: 95 % bootstrap intervals over items. " * drawn + controls
+
     return [
         *reading_pages(readings or []),
-        ("Concepts by AUC", chance, concepts_figure(found, "auc")),
-        ("Concepts by correlation", chance, concepts_figure(found, "correlation")),
+        ("Concepts by AUC", note("auc"), concepts_figure(found, "auc")),
+        ("Concepts by correlation", note("correlation"), concepts_figure(found, "correlation")),
         ("Best detectors", "One point per concept, sorted.", distributions_figure(found)),
         ("Explained latents", "Latents whose best concept reaches a correlation.", explained_figure(found)),
         ("Selectivity", "1: all on one; 0: as spread as the average.", selectivity_figure(found)),

@@ -14,6 +14,7 @@ from .concepts import concept_scores
 from .detectors import DetectorScores, audience_tiles, detector_scores, lens_tiles
 
 DETECTORS = ("latents", "raw dimensions", "untrained SAE")
+Scored = tuple[DetectorScores, Tensor]  # and which columns can be chosen for which concepts, bool
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,8 @@ class Reading:
     to the item's score) or "audience" (mean activation of the users who have the item). detector: one of DETECTORS.
     latent int64: the best by AUC. auc, correlation float64: of the best by each, over all items; the best of many is
     too good by luck. auc_held_out, correlation_held_out: chosen on one half of the items and scored on the other, mean
-    of both ways round. A raw dimension may point either way, a latent only its own. NaN where a half lacks the concept.
+    of both ways round. A raw dimension may point either way, a latent only its own. NaN where a half lacks the concept
+    or, in "activation", has no latent to choose.
     """
 
     reading: str
@@ -54,28 +56,28 @@ def concept_readings(
     head: for "lens"; raw dimension j is there the direction e_j over the very same item embeddings. users: the
     embeddings [n_users, d_in] and histories of users, for "audience", over the items that any of them has; raw
     dimensions are there those of the normalised embeddings. All read the items of x alone, and hold the same half of
-    them out. In "activation" a latent counts from min_support firings on the concept on, as in concept_map.
+    them out. In "activation" a latent can be chosen from min_support firings on the concept on, as in concept_map.
     """
     items = checked_items("concept_readings", x, sae, concepts, items)
     _, names, _ = supported("concept_readings", concepts, items, min_support)
     labels = concepts.labels[:, torch.tensor([concepts.names.index(name) for name in names])]
-    half = torch.rand(len(labels), generator=torch.Generator().manual_seed(seed)) < 0.5
+    known = items.unique()
+    half = _half(known, len(labels), seed)
     saes = {DETECTORS[0]: sae, DETECTORS[2]: untrained(sae, seed)}
 
     readings = []
     rows = (labels[items], half[items])
     for detector in DETECTORS:
         code = None if detector not in saes else encoded(saes[detector], x)
-        score = (lambda kept, y: detector_scores([x[kept]], y)) if code is None else _activations(code, min_support)
+        score = (lambda kept, y: _every(detector_scores([x[kept]], y))) if code is None else _fired(code, min_support)
         readings.append(_reading("activation", detector, names, score, *rows))
 
     def dense(reading: str, detector: str, tiles: Callable[[], Iterable[Tensor]], which: Tensor) -> None:
-        def score(kept: Tensor, y: Tensor) -> DetectorScores:
-            return detector_scores((tile[which[kept]] for tile in tiles()), y)
+        def score(kept: Tensor, y: Tensor) -> Scored:
+            return _every(detector_scores((tile[which[kept]] for tile in tiles()), y))
 
         readings.append(_reading(reading, detector, names, score, labels[which], half[which]))
 
-    known = items.unique()
     if head is not None:
         for detector in DETECTORS:
             directions = saes[detector].W_dec if detector in saes else torch.eye(head.shape[1]).to(head)
@@ -97,8 +99,8 @@ def readings_table(readings: list[Reading]) -> list[dict[str, str | int | float]
 
     concepts, concepts_held_out: how many have one over all items, and in both halves, where support is rarer.
     auc_gain, correlation_gain (and the same held out): the row's mean above chance over that of the raw dimensions in
-    the same reading. above_untrained: share of the concepts whose AUC is above the untrained SAE's; the same for
-    correlation_above_untrained. NaN for nothing to compare.
+    the same reading, of the concepts that both have. above_untrained: share of the concepts whose AUC is above the
+    untrained SAE's; the same for correlation_above_untrained. NaN for nothing to compare.
     """
     by = {(one.reading, one.detector): one for one in readings}
     rows = []
@@ -110,9 +112,8 @@ def readings_table(readings: list[Reading]) -> list[dict[str, str | int | float]
         )
         for name, chance in (("auc", 0.5), ("correlation", 0.0)):
             for figure in (name, f"{name}_held_out"):
-                mine, theirs = (float(getattr(r, figure).nanmean()) for r in (one, raw))
-                row[figure] = mine
-                row[f"{figure}_gain"] = (mine - chance) / (theirs - chance) if theirs != chance else float("nan")
+                row[figure] = float(getattr(one, figure).nanmean())
+                row[f"{figure}_gain"] = _gain(getattr(one, figure), getattr(raw, figure), chance)
             mine, theirs = getattr(one, name), getattr(blank, name)
             there = ~(mine.isnan() | theirs.isnan())
             row[f"{name}_above_untrained"] = float((mine > theirs)[there].double().mean())
@@ -120,13 +121,28 @@ def readings_table(readings: list[Reading]) -> list[dict[str, str | int | float]
     return rows
 
 
-def _activations(code: tuple[Tensor, Tensor], min_support: int) -> Callable[[Tensor, Tensor], DetectorScores]:
+def _gain(mine: Tensor, theirs: Tensor, chance: float) -> float:
+    there = ~(mine.isnan() | theirs.isnan())
+    gain, raw = (float(figure[there].mean()) - chance for figure in (mine, theirs))
+    return gain / raw if raw else float("nan")
+
+
+def _half(items: Tensor, n_items: int, seed: int) -> Tensor:
+    """[n_items] bool: one half of these items, drawn from them alone, however they were drawn themselves."""
+    drawn = torch.randperm(len(items), generator=torch.Generator().manual_seed(seed))[: len(items) // 2]
+    return torch.zeros(n_items, dtype=torch.bool).index_fill_(0, items[drawn], True)
+
+
+def _every(found: DetectorScores) -> Scored:
+    return found, torch.ones_like(found.auc, dtype=torch.bool)
+
+
+def _fired(code: tuple[Tensor, Tensor], min_support: int) -> Callable[[Tensor, Tensor], Scored]:
     values, indices = code
 
-    def score(kept: Tensor, y: Tensor) -> DetectorScores:
+    def score(kept: Tensor, y: Tensor) -> Scored:
         found = concept_scores(values[kept], indices[kept], int(indices.max()) + 1, y)
-        rare = found.together < min_support
-        return DetectorScores(*(s.masked_fill(rare, torch.nan) for s in (found.auc, found.correlation)))
+        return DetectorScores(found.auc, found.correlation), found.together >= min_support
 
     return score
 
@@ -135,21 +151,25 @@ def _reading(
     reading: str,
     detector: str,
     names: list[str],
-    score: Callable[[Tensor, Tensor], DetectorScores],
+    score: Callable[[Tensor, Tensor], Scored],
     labels: Tensor,
     half: Tensor,
 ) -> Reading:
-    """score(rows bool, labels of those rows) -> the scores on them."""
-    whole, *halves = (score(rows, labels[rows]) for rows in (torch.ones_like(half), half, ~half))
+    """score(rows bool, labels of those rows) -> what the columns score on them."""
+    parts = [score(rows, labels[rows]) for rows in (torch.ones_like(half), half, ~half)]
     either_way = detector == DETECTORS[1]
-    latent, _ = _best(whole.auc - 0.5, either_way)
-    found = {}
+    found, latents = {}, {}
     for name, chance in (("auc", 0.5), ("correlation", 0.0)):
-        found[name] = _best(getattr(whole, name) - chance, either_way)[1] + chance
-        one, other = (getattr(part, name) - chance for part in halves)
-        both = [_transferred(*pair, either_way) for pair in ((one, other), (other, one))]
+        _, one, other = (getattr(part, name) - chance for part, _ in parts)
+        # support is asked for where a column is chosen, not where it is scored: there it would drop the worst
+        whole, from_one, from_other = (
+            (getattr(part, name) - chance).masked_fill(~eligible, torch.nan) for part, eligible in parts
+        )
+        latent, best = _best(whole, either_way)
+        found[name], latents[name] = best + chance, latent
+        both = [_transferred(from_one, other, either_way), _transferred(from_other, one, either_way)]
         found[f"{name}_held_out"] = torch.stack(both).mean(0) + chance
-    return Reading(reading, detector, names, latent, **found)
+    return Reading(reading, detector, names, latents["auc"], **found)
 
 
 def _best(score: Tensor, either_way: bool) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..ops import _checks
 from .concept_map import ConceptMap
-from .concepts import ConceptScores, name_latents
+from .concepts import ConceptScores, either_way_scores, name_latents
 from .examples import latent_examples
 
 
@@ -46,11 +46,17 @@ def selectivity(mass: Tensor) -> Selectivity:
     return Selectivity(entropy, divergence, (average - entropy) / average if average > 0 else entropy * 0)
 
 
-def explained_share(scores: ConceptScores, thresholds: Sequence[float], by: str = "correlation") -> list[float]:
-    """Share of the latents that fire whose best concept reaches each threshold; by: a score of ConceptScores."""
+def explained_share(
+    scores: ConceptScores, thresholds: Sequence[float], by: str = "correlation", *, either_way: bool = False
+) -> list[float]:
+    """Share of the latents that fire whose best concept reaches each threshold; by: a score of ConceptScores.
+
+    either_way: max(AUC, 1 - AUC) or |correlation| counts, as for raw dimensions; by those two alone.
+    """
     if by not in ("auc", "correlation", "precision", "recall", "f1"):
         raise ValueError(f"explained_share: by must be auc, correlation, precision, recall or f1, got {by!r}")
-    best = getattr(scores, by).nan_to_num(nan=-torch.inf).amax(0)[scores.firings > 0]
+    score = either_way_scores(scores, by) if either_way else getattr(scores, by)
+    best = score.nan_to_num(nan=-torch.inf).amax(0)[scores.firings > 0]
     return [float((best >= threshold).double().mean()) for threshold in thresholds]
 
 

@@ -45,9 +45,12 @@ def tag_table(
     """Row r says that items[r] has tags[r], counts[r] times; catalogue: the item ids by code (Interactions.item_ids).
 
     An item has a tag where their counts sum to min_count or more; a tag with fewer than min_items items is left out.
-    Raises ValueError where the lengths differ, a count is negative or not finite, or no tag is left.
+    Raises TypeError for a tag that is no text, such as a missing one; ValueError where the lengths differ, a count is
+    negative or not finite, the catalogue names an item twice, or no tag is left.
     """
-    items, tags = list(items), list(tags)
+    # the entries of a tensor are tensors, each equal to itself alone
+    items, catalogue = (ids.tolist() if isinstance(ids, Tensor) else list(ids) for ids in (items, catalogue))
+    tags = list(tags)
     counts = [1.0] * len(items) if counts is None else [float(count) for count in counts]
     if not len(items) == len(tags) == len(counts):
         raise ValueError(f"tag_table: {len(items)} items, {len(tags)} tags and {len(counts)} counts; expected one each")
@@ -55,7 +58,13 @@ def tag_table(
     bad = [count for count in counts if not 0 <= count < float("inf")]
     if bad:
         raise ValueError(f"tag_table: counts must be finite and not negative, got {bad[0]}")
+    no_text = [row for row, tag in enumerate(tags) if not isinstance(tag, str)]
+    if no_text:
+        raise TypeError(f"tag_table: tags must be texts, row {no_text[0]} has {tags[no_text[0]]!r}")
     code = {item: place for place, item in enumerate(catalogue)}
+    if len(code) < len(catalogue):
+        twice = next(item for place, item in enumerate(catalogue) if code[item] != place)
+        raise ValueError(f"tag_table: the catalogue names item {twice!r} twice")
     names = sorted(set(tags))
     column = {name: place for place, name in enumerate(names)}
     known = [row for row, item in enumerate(items) if item in code]

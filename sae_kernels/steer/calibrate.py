@@ -29,6 +29,7 @@ def dhondt(shares: Tensor, n: int) -> Tensor:
     """Which column each of n places goes to: [rows, n] int64, by D'Hondt's highest averages; ties to the lower column.
 
     shares [rows, columns] >= 0, each row with a positive one. Every prefix of the places is as proportional as it gets.
+    What rounding alone tells apart is a tie.
     """
     if shares.dim() != 2 or not bool((shares >= 0).all()) or not bool((shares.sum(1) > 0).all()):
         raise ValueError("dhondt: shares must be [rows, columns], not negative, with a positive one in every row")
@@ -36,7 +37,8 @@ def dhondt(shares: Tensor, n: int) -> Tensor:
     for _ in range(n):
         quotient = shares / (seats + 1)
         columns = torch.arange(shares.shape[1])
-        won = torch.where(quotient == quotient.amax(1, keepdim=True), columns, shares.shape[1]).amin(1)
+        highest = quotient.amax(1, keepdim=True) * (1 - 8 * torch.finfo(quotient.dtype).eps)
+        won = torch.where(quotient >= highest, columns, shares.shape[1]).amin(1)
         seats[torch.arange(len(shares)), won] += 1
         order.append(won)
     return torch.stack(order, 1) if order else torch.zeros(len(shares), 0, dtype=torch.int64)
@@ -66,6 +68,9 @@ def calibrated(
         _checks.integer("calibrated", "top", top, 1, 2**31)
         largest = shares.argsort(dim=1, descending=True, stable=True)[:, :top]
         shares = torch.zeros_like(shares).scatter_(1, largest, shares.gather(1, largest))
+    empty = [c for c, chosen in enumerate(latents) if not torch.as_tensor(chosen).numel() and bool(shares[:, c].any())]
+    if empty:
+        raise ValueError(f"calibrated: concept {empty[0]} has no latents, and users have a share of it")
     out = ranker.rank(users, n)[0]
     told = (shares.sum(1) > 0).nonzero().squeeze(1)
     if told.numel() == 0:

@@ -20,10 +20,11 @@ SHARPNESS = 1.0  # of a row's taste within a concept; the best of 1/4 to 4 on 70
 
 
 def mix(latents: Latents, alpha: float, weights: Tensor | Sequence[float] | None = None) -> Edit:
-    """z -> (1 - alpha) z + alpha s w / sum(w) on the m latents, s = sum of the row's values: the mass s stays.
+    """z -> (1 - alpha) z + alpha s w / sum(w) on the m latents, s = sum of the row's |values|.
 
-    alpha in [0, 1] (Spisak et al. 2026, where w is 1). weights [m], not negative: what each latent is worth, all alike
-    where None. A row that fires nowhere stays so.
+    Of values that are not negative the mass s stays. Of others, as activations "abs" and "none" give them, what comes
+    in is positive all the same: it is towards the latents. alpha in [0, 1] (Spisak et al. 2026, where w is 1). weights
+    [m], not negative: what each latent is worth, all alike where None. A row that fires nowhere stays so.
     """
     if weights is None:
         return mix_all([(latents, alpha)])
@@ -39,7 +40,8 @@ def mix(latents: Latents, alpha: float, weights: Tensor | Sequence[float] | None
 def mix_all(parts: Sequence[tuple[Latents, float]]) -> Edit:
     """Several concepts at once: z -> (1 - sum of the alphas) z + alpha_c s / m_c on the m_c latents of each part.
 
-    parts: (latents, alpha), the alphas in [0, 1] with a sum of at most 1; a latent may stand in several parts.
+    s as in mix. parts: (latents, alpha), the alphas in [0, 1] with a sum of at most 1; a latent may stand in several
+    of them.
     """
     chosen = [_latents("mix", latents) for latents, _ in parts]
     each = [torch.full((part.numel(),), 1 / max(part.numel(), 1), dtype=torch.float64) for part in chosen]
@@ -60,7 +62,7 @@ def _mixed(chosen: list[Tensor], alphas: list[float], weights: list[Tensor]) -> 
     share = torch.cat([part * alpha for part, alpha in zip(weights, alphas, strict=True)])
 
     def edit(code: SparseCode) -> SparseCode:
-        mass = code.values.sum(-1, keepdim=True)
+        mass = _mass(code)
         return _with_slots(code, code.values * rest, where, mass * share.to(mass))
 
     return edit
@@ -143,8 +145,7 @@ def _mixed_by_row(
         share = near * worth.to(near)
         share = torch.where(share.sum(-1, keepdim=True) > 0, share, worth.to(near))
         share = share / share.sum(-1, keepdim=True)
-        mass = code.values.sum(-1, keepdim=True)
-        return _with_slots(code, code.values * (1 - alpha), chosen, alpha * mass * share)
+        return _with_slots(code, code.values * (1 - alpha), chosen, alpha * _mass(code) * share)
 
     return edit
 
@@ -222,6 +223,16 @@ def chain(*edits: Edit) -> Edit:
         return code
 
     return edit
+
+
+def _mass(code: SparseCode) -> Tensor:
+    """The sum of the sizes of every row's activations, [..., 1]; the slots of one latent are one activation."""
+    latents, order = code.indices.sort(-1)
+    new = torch.zeros_like(latents)
+    new[..., 1:] = latents[..., 1:] != latents[..., :-1]
+    whole = torch.zeros_like(code.values).scatter_add(-1, new.long().cumsum(-1), code.values.gather(-1, order))
+    # not abs, which passes no gradient to a slot of value 0
+    return torch.where(whole < 0, -whole, whole).sum(-1, keepdim=True)
 
 
 def _latents(op: str, latents: Latents) -> Tensor:

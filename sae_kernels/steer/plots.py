@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from .._plots import MUTED, PALETTE, faded, figure
+from .._plots import MUTED, PALETTE, faded, figure, plain
 from .evaluate import SteeringRow, pareto_front
 
 BAND = 1.96  # standard errors to either side: 95 %
@@ -26,7 +26,7 @@ def front_figure(rows: Sequence[SteeringRow], base: float | None = None, loss: f
     made = figure(460, xaxis_title=FIGURES["ndcg"], yaxis_title=FIGURES["segment_ndcg"])
     for place, (name, here) in enumerate(_by_method(rows).items()):
         made.add_scatter(
-            name=name,
+            name=plain(name),
             x=[row.ndcg for row in here],
             y=[row.segment_ndcg for row in here],
             customdata=[row.strength for row in here],
@@ -39,7 +39,7 @@ def front_figure(rows: Sequence[SteeringRow], base: float | None = None, loss: f
         name="Pareto front",
         x=[row.ndcg for row in front],
         y=[row.segment_ndcg for row in front],
-        customdata=[f"{row.method}, {row.strength}" for row in front],
+        customdata=[f"{plain(row.method)}, {row.strength}" for row in front],
         mode="markers",
         marker={"size": 12, "symbol": "circle-open", "color": "#1f2933", "line": {"width": 1.5}},
         hovertemplate="%{customdata}<extra>Pareto front</extra>",
@@ -59,11 +59,11 @@ def curve_figure(rows: Sequence[SteeringRow], key: str) -> Any:
     if key not in FIGURES:
         raise ValueError(f"curve_figure: key must be one of {', '.join(FIGURES)}, got {key!r}")
     made = figure(300, xaxis_title="strength", yaxis_title=FIGURES[key])
-    for place, (name, here) in enumerate(_by_method(rows).items()):
+    for place, (method, here) in enumerate(_by_method(rows).items()):
+        name, errors = plain(method), _errors(here, key)
         colour = PALETTE[place % len(PALETTE)]
         x, y = [row.strength for row in here], [getattr(row, key) for row in here]
-        errors = [BAND * row.errors.get(key, float("nan")) for row in here]
-        if all(error == error for error in errors):
+        if errors is not None:
             outline = [v + e for v, e in zip(y, errors, strict=True)]
             outline += [v - e for v, e in reversed(list(zip(y, errors, strict=True)))]
             band = {"fill": "toself", "fillcolor": faded(colour, 0.15), "line": {"width": 0}, "mode": "lines"}
@@ -85,8 +85,15 @@ def pages(
     found = [("What is gained and what is lost", note, front_figure(rows, base))]
     for key, name in FIGURES.items():
         if any(getattr(row, key) == getattr(row, key) for row in rows):
-            found.append((name[0].upper() + name[1:], f"Bands: 95 %, {bands}.", curve_figure(rows, key)))
+            drawn = any(_errors(here, key) is not None for here in _by_method(rows).values())
+            found.append((name[0].upper() + name[1:], f"Bands: 95 %, {bands}." * drawn, curve_figure(rows, key)))
     return found
+
+
+def _errors(rows: Sequence[SteeringRow], key: str) -> list[float] | None:
+    """Half the height of the band at every row of a method; None where a row has no error."""
+    errors = [BAND * row.errors.get(key, float("nan")) for row in rows]
+    return errors if all(error == error for error in errors) else None
 
 
 def _by_method(rows: Sequence[SteeringRow]) -> dict[str, list[SteeringRow]]:

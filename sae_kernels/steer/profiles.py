@@ -40,8 +40,12 @@ def popularity_latents(code: SparseCode, histories: Histories, share: float = 0.
         raise ValueError(
             f"popularity_latents: code has {code.values.shape[0]} rows and histories {len(histories)} users"
         )
-    order = user_popularity(histories).argsort(stable=True)
     side = int(share * len(histories))
+    if side < 2:
+        raise ValueError(
+            f"popularity_latents: a share of {share} of {len(histories)} users is {side}; either side needs 2 at least"
+        )
+    order = user_popularity(histories).argsort(stable=True)
     popular, niche = ActivationStats(code.d_sae), ActivationStats(code.d_sae)
     for stats, rows in ((popular, order[len(order) - side :]), (niche, order[:side])):
         stats.update(code.values[rows].detach(), code.indices[rows])
