@@ -123,6 +123,24 @@ def test_tests_that_hang_or_are_all_skipped_open_no_gate(tmp_path):
     assert checks.run_tests("cpu", tmp_path, "new", 1.0, tmp_path, ("sparse_decode",)) == {}
 
 
+def test_small_cases_under_the_sanitizer(tmp_path, monkeypatch):
+    """With a stand-in for the tool whose racecheck finds something; other tests and other kernels are let be."""
+    assert set(checks.sanitize(tmp_path, time.time() + 60, tmp_path).values()) == {
+        "not run: there is no compute-sanitizer on PATH"
+    }
+    tool = tmp_path / "bin" / checks.SANITIZER
+    tool.parent.mkdir()
+    tool.write_text('#!/bin/sh\n[ "$1 $3 $5" = "--tool --error-exitcode --target-processes" ] || exit 1\n'
+                    'tool=$2; shift 6; "$@" || exit; [ $tool != racecheck ] || exit 9\n')  # fmt: skip
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tool.parent}{os.pathsep}{os.environ['PATH']}")
+    bodies = {"cuda_topk_encode": "def test_ties():\n    pass\ndef test_large():\n    assert False\n"}
+    tests = suite(tmp_path, **bodies, triton_topk_encode=BAD, cuda_sparse_decode=BAD.replace("_it", "_ties"))
+    found = checks.sanitize(tmp_path, time.time() + 60, tests, ("topk_encode",))
+    assert found["memcheck"].startswith("ok: 1 passed, 1 deselected")
+    assert found["racecheck"].startswith("ended with code 9; 1 passed")
+
+
 def test_a_process_that_dies_is_a_row_and_the_next_goes_on(tmp_path, monkeypatch):
     """The first process dies in its first comparison, the second loses the device to a peer, the third finishes."""
     state = cells.State("cpu", str(tmp_path), FACTS, ["sparse_decode"], {}, time.time() + 1000)

@@ -3,6 +3,8 @@
     python -m benchmarks.gpu --out DIR --tune               what a first look takes: build, tests, the headline cases,
                                                             then a sweep of the Triton configurations
     python -m benchmarks.gpu --out DIR --resume EARLIER     what EARLIER lacks: the other cases, torch.compile
+    python -m benchmarks.gpu --out DIR --resume EARLIER --sanitize
+                                                            and then small cases under memcheck and racecheck
     python -m benchmarks.gpu --out DIR --resume EARLIER --profile
                                                             and then the time per kernel of the headline cases
 
@@ -41,6 +43,7 @@ from .plan import plan
 from .warm import warming
 
 TESTS_SHARE = 0.7  # of the time, at most, for building and testing
+SANITIZE_SHARE = 0.4  # of it, kept back from timing
 
 
 def options(arguments: list[str] | None) -> argparse.Namespace:
@@ -58,6 +61,11 @@ def options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--tune", action="store_true", help="time the headline cases alone, then sweep configurations")
     parser.add_argument(
         "--profile", action="store_true", help="then the time per kernel of the headline cases, also where tests failed"
+    )
+    parser.add_argument(
+        "--sanitize",
+        action="store_true",
+        help="then, with the minutes that are left, small cases under compute-sanitizer: memcheck and racecheck",
     )
     chosen = parser.parse_args(arguments)
     chosen.op = [ALIASES.get(op, op) for op in chosen.op]
@@ -97,7 +105,7 @@ def main(arguments: list[str] | None = None) -> int:
     shut = {op: why for op in chosen.op or checks.NEEDS if (why := checks.shut(op, gates))}
     for why in dict.fromkeys(shut.values()):
         print(f"not timed, {', '.join(op for op in shut if shut[op] == why)}: {why}", flush=True)
-    kept_back = 60 if chosen.profile else 0
+    kept_back = (60 if chosen.profile else 0) + (SANITIZE_SHARE * 60 * chosen.minutes if chosen.sanitize else 0)
     state = cells.State(chosen.device, str(folder), facts, chosen.op, shut, deadline - kept_back, chosen.tune)
     cells.measure_all(state, out / "state.json")
     (out / "state.json").unlink(missing_ok=True)
@@ -114,8 +122,9 @@ def main(arguments: list[str] | None = None) -> int:
         from .tune import tune
 
         tune(chosen.device, out, deadline)
+    tools = checks.sanitize(out, deadline, chosen.tests, tuple(chosen.op)) if chosen.sanitize else {}
     print(f"{time.time() - start:.0f} s; rows in {folder}/", flush=True)
-    return 1 if shut else 0
+    return 1 if shut or not all(status.startswith("ok") for status in tools.values()) else 0
 
 
 def _bring(earlier: Path, out: Path, slug: str) -> None:

@@ -4,9 +4,11 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
@@ -27,6 +29,8 @@ NEEDS = {
 }
 # conftest.py ends the session where the CPU library is missing, on which nothing here depends
 PYTEST = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--noconftest", "-p", "kernel_device")
+SANITIZER, SANITIZER_TOOLS = "compute-sanitizer", ("memcheck", "racecheck")
+SMALL = "ties or adversarial or guess or thresholds or exact or chunks or rounding or examples or one_digit"  # tests
 BUILD_SECONDS = 240
 GRACE_SECONDS = 8
 
@@ -101,6 +105,26 @@ def run_tests(
     return results
 
 
+def sanitize(out: Path, deadline: float, tests: Path, ops: tuple[str, ...] = ()) -> dict[str, str]:
+    """Tool of compute-sanitizer -> "ok: ..." or what it found, over the small cases of the CUDA C++ kernels."""
+    if shutil.which(SANITIZER) is None:
+        return dict.fromkeys(SANITIZER_TOOLS, f"not run: there is no {SANITIZER} on PATH")
+    wanted = {gate for op in ops for gate in NEEDS[op]}
+    files = [
+        path
+        for gate, paths in gates(tests).items()
+        for path in paths
+        if path.stem.startswith("test_cuda_") and (gate in wanted or not ops)
+    ]
+    found = {}
+    for place, tool in enumerate(SANITIZER_TOOLS):
+        share = (deadline - time.time()) / (len(SANITIZER_TOOLS) - place)
+        before = (SANITIZER, "--tool", tool, "--error-exitcode", "9", "--target-processes", "all")
+        found[tool] = _pytest(files, out / "log.txt", share, "cuda", 1, before, ("-k", SMALL))
+        print(f"{tool}: {found[tool]}", flush=True)
+    return found
+
+
 def shut(op: str, results: dict[str, str]) -> str | None:
     """Why `op` may not be timed; None where all its gates are open. A gate without a file is shut, but for module's."""
     for gate in NEEDS[op]:
@@ -110,12 +134,21 @@ def shut(op: str, results: dict[str, str]) -> str | None:
     return None
 
 
-def _pytest(files: list[Path], log: Path, seconds: float, device: str, workers: int) -> str:
+def _pytest(
+    files: list[Path],
+    log: Path,
+    seconds: float,
+    device: str,
+    workers: int,
+    before: tuple[str, ...] = (),
+    more: tuple[str, ...] = (),
+) -> str:
+    """before: what the command is an argument of; more: of its own."""
     if importlib.util.find_spec("pytest") is None:
         return "not run: pytest is not installed; carry it as a wheel"
     if seconds < 2:
         return "not run: no time is left"
-    command = [*PYTEST, *map(str, files)]
+    command = [*before, *PYTEST, *map(str, files), *more]
     if workers > 1 and importlib.util.find_spec("xdist") is not None:
         command += ["-n", str(workers)]
     status, output = _run(command, log, seconds, environment(device) | tests_path())
