@@ -11,6 +11,8 @@ from triton_interpreter import DEVICE, INTERPRETED, need_a_place_to_run, patch_i
 need_a_place_to_run()
 
 import sae_kernels as sk  # noqa: E402
+from sae_kernels import _native  # noqa: E402
+from sae_kernels.cuda import topk_encode as cuda_kernel  # noqa: E402
 from sae_kernels.kernels import topk_encode as kernel  # noqa: E402
 
 if INTERPRETED:
@@ -78,6 +80,22 @@ if DEVICE == "cuda":
         graph.replay()
         for got, want in zip(out, encode_and_decode(x, W, b, path), strict=True):
             assert torch.equal(got, want)
+
+    @pytest.mark.parametrize("encode", [sk.topk_encode, sk.batch_topk_encode])
+    def test_encoders_that_guess_by_cuda(monkeypatch, encode):
+        """Every replay guesses anew, and takes again what its own guess was too high for."""
+        if _native.cuda_error is not None:
+            pytest.skip(_native.cuda_error)
+        monkeypatch.setattr(cuda_kernel, "_FEWEST_ROUNDS", 0)
+        x, fresh = (torch.randn(5000, D_IN, device=DEVICE).bfloat16() for _ in range(2))
+        W, b = (t.bfloat16() for t in tensors()[1:3])
+        with sk.backend("cuda"):
+            graph, out = captured(lambda: encode(x, W, b, K))
+            x.copy_(3 * fresh)
+            graph.replay()
+            want = encode(x, W, b, K)
+        for one, other in zip(out, want, strict=True):
+            assert torch.equal(one, other)
 
     def test_statistics():
         x, W, b, _ = tensors()
