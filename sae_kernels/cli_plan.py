@@ -68,6 +68,8 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _text(options: argparse.Namespace, found: dict) -> str:
+    from .plan import MOST
+
     store = found["plans"][0]["store_bytes"]
     lines = [
         f"{options.rows:,} rows of {options.d_in} {options.dtype}: a store of {store / 1e9:,.1f} GB",
@@ -86,7 +88,10 @@ def _text(options: argparse.Namespace, found: dict) -> str:
             f"{way['process_bytes'] / 1e9:>8,.1f}  {way['step_seconds'] * 1e3:,.3g} ms, by {way['driver']}: {parts}"
         )
     lines.append("")
-    lines.append(f"From {found['saturates_at']} on, twice as many are less than 1.25 times as fast.")
+    if found["saturates_at"] is None:
+        lines.append(f"Up to {min(MOST, options.batch_size)}, twice as many are always at least 1.25 times as fast.")
+    else:
+        lines.append(f"From {found['saturates_at']} on, twice as many are less than 1.25 times as fast.")
     for row in found["checks"]:
         guess, taken = row["predicted_seconds"], row["measured_seconds"]
         size = "{} rows, d_in {}, d_sae {}, k {}".format(*row["size"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,7 +26,8 @@ EXAMPLES = """examples:
   torchrun --nproc-per-node 4 -m sae_kernels train runs/acts --out runs/sae --shard-latents 2
 
 The last one spreads the latents of each of two copies over two processes. --batch-size is that of all processes
-together; a run goes on with --resume on another number of them, or on one.
+together; a run goes on with --resume on another number of them, or on one. With --variant batch_topk each process
+chooses over its own part of a batch, so that the result is not that of one process.
 """
 VARIANTS = ("topk", "batch_topk", "jumprelu")
 NORMALIZERS = ("none", "standardize", "l2", "layer_norm", "global")
@@ -59,9 +61,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--refit",
         type=int,
-        default=0,
         metavar="N",
-        help="steps that fit a code's values to the input, after training (0)",
+        help="steps that fit a code's values to the input, after training (0; with --resume those of the run)",
     )
     parser.add_argument("--steps", type=int, default=5000)
     parser.add_argument("--batch-size", type=int, default=1024, help="rows per step, of all processes (1024)")
@@ -90,6 +91,8 @@ def run(options: argparse.Namespace) -> int:
     grid = _grid(options)
     with _processes(options.device, options.shard_latents) as (ranks, device):
         source, known, sample, kind = _rows(options)
+        for name, values in grid.items():
+            values["refit"] = _refit(options, name)
         saes = {name: _new_sae(known, values, options, ranks) for name, values in grid.items()}
         found = fit(
             saes if options.grid else saes[""],
@@ -180,6 +183,16 @@ def _rows(options: argparse.Namespace) -> tuple[Any, Tensor, Tensor, str]:
     return rows, rows, x[order[:kept]] if kept else rows, "held-out" if kept else "training"
 
 
+def _refit(options: argparse.Namespace, name: str) -> int:
+    """--refit; without it, that of the SAE `name` of the run that goes on."""
+    from .train.checkpoint import find_folder
+
+    if options.refit is not None or not options.resume:
+        return options.refit or 0
+    file = find_folder(options.out) / name / "config.json"
+    return json.loads(file.read_text()).get("sae", {}).get("refit", 0) if file.is_file() else 0
+
+
 def _new_sae(known: Tensor, values: dict[str, Any], options: argparse.Namespace, ranks: Ranks) -> nn.Module:
     import torch
 
@@ -189,7 +202,7 @@ def _new_sae(known: Tensor, values: dict[str, Any], options: argparse.Namespace,
         raise ValueError(f"--shard-latents is for the variant topk, got --variant {options.variant}")
     d_in = known.shape[1]
     sizes = (d_in, values["width"] * d_in, values["k"])
-    settings = {"normalize": options.normalize, "refit": options.refit}
+    settings = {"normalize": options.normalize, "refit": values["refit"]}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(options.seed)
         if ranks.shard is None:

@@ -88,6 +88,7 @@ CALIBRATION = (
     (32, 256, 8192, 8),
     (1024, 128, 2048, 32),
 )
+MOST = 4096
 CHECKS = ((1024, 64, 2048, 16), (1024, 256, 2048, 32), (256, 512, 8192, 32))
 
 
@@ -103,15 +104,16 @@ def plan(job: Job, processes: int, costs: Costs = H200, rates: Rates | None = No
     return min(ways, key=lambda way: way["hours"])
 
 
-def saturation(job: Job, costs: Costs = H200, rates: Rates | None = None, most: int = 4096) -> int:
-    """From how many processes on (a power of two) twice as many are less than 1.25 times as fast."""
+def saturation(job: Job, costs: Costs = H200, rates: Rates | None = None, most: int = MOST) -> int | None:
+    """From how many processes on (a power of two) twice as many are less than 1.25 times as fast; None where that is
+    not so up to `most` of them, or to the rows of a batch."""
     processes = 1
     while 2 * processes <= min(most, job.batch_size):
         here, there = (plan(job, n, costs, rates)["hours"] for n in (processes, 2 * processes))
         if here < 1.25 * there:
             return processes
         processes *= 2
-    return processes
+    return None
 
 
 def _divisors(processes: int, job: Job) -> list[int]:

@@ -109,6 +109,35 @@ def test_ddp_equals_one_process(tmp_path, size):
             assert row == pytest.approx(wanted, rel=1e-4)
 
 
+def _validated(rank, size):
+    """A validation that uses the loss is that of the whole; the first process's flags are everyone's."""
+    x = activations()
+    sae = new_sae(normalize="global")
+    if rank == 0:
+        sae.fit_normalizer(x)
+    result = fit(
+        sae,
+        x,
+        group=dist.group.WORLD,
+        validate=lambda sae: float(sae.loss(x).mse),
+        validate_every=12,
+        **SETTINGS,
+    )
+    assert result.best == pytest.approx(float(sae.eval().loss(x).mse), rel=1e-6)
+    jump = new_sae(JumpReLUSAE)
+    if rank == 0:
+        jump.init_threshold(x)
+    start = jump.threshold.detach().clone()
+    fit(jump, x, group=dist.group.WORLD, **{**SETTINGS, "steps": 1, "lr": 1e-9})
+    assert jump.started and (rank > 0 or torch.allclose(jump.threshold, start))
+    return float(jump.threshold.detach().mean())
+
+
+def test_validation_and_flags_are_those_of_one_process(tmp_path):
+    first, second = run_ranks(2, tmp_path, _validated)
+    assert first == second
+
+
 def _interrupted(rank, size, path):
     """Ctrl-C reaches one process between two history rows: all stop together at the next one."""
 

@@ -55,6 +55,19 @@ def test_constrain_with_a_closure_projects_what_the_closure_makes():
             assert_close([sae.W_dec.detach().norm(dim=-1)], [torch.ones(40, dtype=torch.float64)])
 
 
+def test_constrain_leaves_a_frozen_decoder():
+    sae = TopKSAE(6, 12, 2)
+    with torch.no_grad():
+        sae.W_dec.mul_(3)
+    sae.W_dec.requires_grad_(False)
+    before = sae.W_dec.clone()
+    optimizer = torch.optim.SGD(sae.parameters(), lr=0.1)
+    with sae.constrain(optimizer):
+        sae.loss(torch.randn(9, 6)).loss.backward()
+        optimizer.step()
+    assert torch.equal(sae.W_dec, before)
+
+
 def test_constrain_refuses_a_foreign_optimizer():
     sae = make()
     with pytest.raises(ValueError, match="W_dec is not among"):

@@ -168,6 +168,17 @@ def test_jumprelu_loss_and_its_straight_through_gradient():
         assert_close([gradient], [by_hand if name == "log_threshold" else parameter.grad], 1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_jumprelu_starts_at_the_scale_of_small_rows(dtype):
+    """Thresholds that are far below the smallest number of float16."""
+    sae = JumpReLUSAE(12, 40, 5, dtype=dtype, generator=torch.Generator().manual_seed(0))
+    x = 1e-9 * rows(60).to(dtype)
+    sae.init_threshold(x)
+    assert float((sae.eval().encode(x).values != 0).sum(-1).double().mean()) == pytest.approx(5, abs=0.5)
+    sae.init_threshold(torch.zeros_like(x))
+    assert sae.threshold.isfinite().all() and sae.log_threshold.isfinite().all()
+
+
 def test_jumprelu_starts_at_k_latents_per_row():
     sae, x = make(JumpReLUSAE), rows(300)
     assert not sae.started

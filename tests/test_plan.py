@@ -62,6 +62,7 @@ def test_saturation_is_where_the_fixed_part_of_a_step_takes_over():
     before = plan(JOB, found // 2, COSTS, FAST)["hours"]
     assert found > 1 and here < 1.25 * twice and before >= 1.25 * here
     assert saturation(JOB, COSTS, Rates(storage=1, within=1e15, between=1e15)) == 1
+    assert saturation(JOB, COSTS, FAST, most=found) is None and saturation(JOB, COSTS, FAST, most=2 * found) == found
 
 
 def test_measuring_finds_planted_costs(monkeypatch):
@@ -90,6 +91,8 @@ def test_command(capsys):
     assert cli.main([*command, "--json", "--gpus", "8", "--storage-gbs", "1"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert [way["processes"] for way in found["plans"]] == [8] and found["plans"][0]["driver"] == "storage"
+    assert cli.main([*command, "--batch-size", "1e9", "--storage-gbs", "1e6"]) == 0
+    assert "Up to 4096, twice as many are always at least 1.25 times as fast." in capsys.readouterr().out
     job = Job(10**9, 1024, 65536, 64)
     assert found["plans"][0]["hours"] == pytest.approx(plan(job, 8, rates=Rates(storage=1e9))["hours"])
 

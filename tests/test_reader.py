@@ -197,8 +197,8 @@ def test_a_resumed_order_is_the_uninterrupted_one(store, at):
     assert torch.equal(drawn(whole, 3).reshape(3, 64), rows[1:4])
 
 
-@pytest.mark.parametrize("parts", [2, 4])
-def test_parts_share_the_batches_and_read_no_row_twice(store, parts, monkeypatch):
+@pytest.mark.parametrize("parts, times", [(2, 1), (4, 1), (3, 3), (6, 3), (8, 2)])
+def test_parts_share_the_batches(store, parts, times, monkeypatch):
     read, pieces = [], reader_module._Epoch.pieces
 
     def counted(self, *job):
@@ -216,7 +216,23 @@ def test_parts_share_the_batches_and_read_no_row_twice(store, parts, monkeypatch
         shared.append(drawn(reader, ROWS // 64))
     for part, found in enumerate(shared):
         assert torch.equal(found, rows[part::parts])
-    assert sum(read) == ROWS
+    assert sum(read) == times * ROWS  # where parts divides the 4 lanes no row is read twice
+
+
+def test_any_number_of_parts_goes_on_where_another_stopped(store):
+    rows = drawn(ShuffledReader(store, 64, workers=0), 40).reshape(40, 64)
+    for parts in (3, 32, 64):
+        found = []
+        for part in range(parts):
+            first, reader = (ShuffledReader(store, 64, workers=0) for _ in range(2))
+            first.split(part, parts)
+            drawn(first, 13)
+            reader.split(part, parts)
+            reader.load_state_dict(first.state_dict())
+            found.append([drawn(reader, 1) for _ in range(27)])
+        # over the end of the first epoch: each batch is what one process gets, dealt to the parts
+        for batch, shares in zip(rows[13:], zip(*found, strict=True), strict=True):
+            assert torch.equal(torch.cat(shares).sort().values, batch.sort().values)
 
 
 def test_batches_that_are_kept_stay_as_they_were(store):
@@ -340,8 +356,8 @@ def test_wrong_inputs(store, tmp_path):
         least = 0 if name == "workers" else 1
         with pytest.raises(ValueError, match=f"{name} must be an int of at least {least}, got {value}"):
             ShuffledReader(store, **{"batch_size": 8, name: value})
-    with pytest.raises(ValueError, match="part 0 of 3: the number of parts must divide the 4 lanes"):
-        ShuffledReader(store, 8, lanes=4).split(0, 3)
+    with pytest.raises(ValueError, match="batch_size 8 is too small for 9 processes"):
+        ShuffledReader(store, 8, lanes=4).split(0, 9)
     with pytest.raises(ValueError, match="part 2 of 2"):
         ShuffledReader(store, 8, lanes=4).split(2, 2)
     with RowWriter(tmp_path / "none", 3):

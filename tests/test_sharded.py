@@ -129,6 +129,20 @@ def test_a_sharded_run_equals_the_unsharded_one(tmp_path, size, shards):
     assert largest_difference(unclipped.state_dict(), alone.state_dict()) > 1e-3
 
 
+def _frozen(rank, size):
+    sae = sharded_sae()
+    for p in (sae.b_enc, sae.b_dec):
+        p.requires_grad_(False)
+    before = [p.clone() for p in (sae.b_enc, sae.b_dec, sae.W_enc)]
+    fit(sae, activations(), **{**SETTINGS, "clip": 0.05})
+    same = [torch.equal(p, old) for p, old in zip((sae.b_enc, sae.b_dec, sae.W_enc), before, strict=True)]
+    assert same == [True, True, False]
+
+
+def test_frozen_biases_are_left_out_of_the_norm(tmp_path):
+    assert run_ranks(2, tmp_path, _frozen) == [None] * 2
+
+
 def _stopped(rank, size, options):
     """All processes leave after step 9, as when they are killed; the checkpoint of step 7 stays."""
     from sae_kernels.train import loop

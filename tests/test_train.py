@@ -420,7 +420,7 @@ def test_progress_bar(data, capsys):
     "option, message",
     [
         ({"steps": 0}, "steps must be an int of at least 1, got 0"),
-        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"batch_size": 0}, "batch_size must be an int of at least 1, got 0"),
         ({"log_every": 1.5}, "log_every must be an int of at least 1, got 1.5"),
         ({"lr": 0.0}, "lr must be above 0"),
         ({"warmup": 1.5}, "warmup is a share of the steps"),

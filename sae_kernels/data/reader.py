@@ -1,6 +1,7 @@
 """Rows of an activation store in shuffled epochs, read in large pieces through a bounded buffer."""
 
 import hashlib
+import math
 import os
 import sys
 import threading
@@ -43,8 +44,9 @@ class ShuffledReader:
 
     The order depends on the arguments, the seed and the store alone, and a position in it is the number of rows drawn:
     a run goes on exactly where it stopped, on any number of processes. With split(part, parts), part of `parts`
-    processes draws rows part, part + parts, ... of the same order and reads nothing else; parts divides lanes. A batch
-    that reaches the end of an epoch takes the rest from the next one.
+    processes draws rows part, part + parts, ... of the same order, and reads nothing else where parts divides lanes:
+    else it reads what the lanes can be shared out for (of 32 parts and 16 lanes each reads two parts' rows, of 3 all).
+    A batch that reaches the end of an epoch takes the rest from the next one.
 
     piece_rows: 256 KiB of rows unless told, and whole shards behind a URL; buffer_rows: 128 MiB of rows unless told.
     Raises ValueError naming the argument, or for a store of codes.
@@ -84,6 +86,7 @@ class ShuffledReader:
         wanted = buffer_rows or BUFFER_BYTES // self._row_bytes
         self.buffer_rows = max(1, wanted // batch_size) * batch_size
         self._part, self._parts, self._drawn = 0, 1, 0
+        self._turn, self._turns = 0, 1
         self._threads, self._workers = workers, ThreadPoolExecutor(workers, "reader") if workers else None
         self._buffers: list[Any] = []
         self._current: tuple[tuple[int, int], Tensor] | None = None
@@ -103,6 +106,7 @@ class ShuffledReader:
             end = min(start + missing, (number + 1) * self.buffer_rows, rows)
             first = self._first(number * self.buffer_rows)
             part = self._buffer(epoch, number)[self._first(start) - first : self._first(end) - first]
+            part = part[(self._turn - self._first(start)) % self._turns :: self._turns]
             self._drawn += end - start
             missing -= end - start
             # the rest comes from the next buffer, which may then take this one's memory
@@ -111,9 +115,14 @@ class ShuffledReader:
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def split(self, part: int, parts: int) -> None:
-        if self.lanes % parts or not 0 <= part < parts:
-            raise ValueError(f"part {part} of {parts}: the number of parts must divide the {self.lanes} lanes")
-        self._part, self._parts, self._current, self._ahead = part, parts, None, None
+        if not 0 <= part < parts:
+            raise ValueError(f"part {part} of {parts}: parts are numbered from 0 to {parts - 1}")
+        if self.batch_size < parts:
+            raise ValueError(f"batch_size {self.batch_size} is too small for {parts} processes")
+        # lanes are shared out as far as they go; those who read the same rows take them in turn
+        self._parts = math.gcd(parts, self.lanes)
+        (self._turn, self._part), self._turns = divmod(part, self._parts), parts // self._parts
+        self._current, self._ahead = None, None
 
     def close(self) -> None:
         """Ends the threads and lets go of memory and files; what next() gave stays."""

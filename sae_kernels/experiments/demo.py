@@ -14,7 +14,7 @@ from torch import nn
 
 from .._info import info
 from ..nn import TopKSAE
-from ..train.checkpoint import need
+from ..train.checkpoint import check_replaceable, need
 from . import findings, stages
 from .report import write_report
 from .stages import RECIPES, K, Parts
@@ -155,7 +155,8 @@ def _begin(config: DemoConfig) -> None:
     # what an older run left would be taken for this one's
     for name in ("recommender.safetensors", "metrics.json", "report.html"):
         (config.out / name).unlink(missing_ok=True)
-    if (config.out / "sae" / "config.json").is_file():
+    if (config.out / "sae").exists():
+        check_replaceable(config.out / "sae")
         shutil.rmtree(config.out / "sae")
     note.write_text(json.dumps(config.identity(), indent=2) + "\n")
 

@@ -53,7 +53,8 @@ class ConstraintHandle:
         return args, {**kwargs, "closure": projected}
 
     def _after(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
-        self._sae.normalize_decoder_()
+        if self._sae.W_dec.requires_grad:  # a frozen decoder stays as it is
+            self._sae.normalize_decoder_()
 
     def remove(self) -> None:
         for handle in self._handles:

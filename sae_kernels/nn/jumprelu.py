@@ -17,7 +17,8 @@ class JumpReLUSAE(TopKSAE):
     log_threshold [d_sae] is a parameter. Its gradient is the straight-through estimator of the step at the threshold,
     with a rectangle of width bandwidth x threshold about it: relative, so that it does not depend on the scale of x.
     `loss` adds l0_coef x (L0 / k - 1)^2. The first batch of training sets all thresholds to the level above which it
-    has k latents per row (`init_threshold` does so before).
+    has k latents per row (`init_threshold` does so before); with a `data_group` it is the mean of the levels of the
+    processes' parts.
 
     max_active: slots of a row (default: 4 k), the most latents that it can have, the strongest ones; codes are that
     wide, and the other slots hold value 0. activation is "relu". Everything else, and the other options, as in TopKSAE.
@@ -47,7 +48,7 @@ class JumpReLUSAE(TopKSAE):
             raise ValueError(f"JumpReLUSAE: bandwidth must be between 0 and 2 thresholds, got {bandwidth}")
         if not l0_coef >= 0:
             raise ValueError(f"JumpReLUSAE: l0_coef must be at least 0, got {l0_coef}")
-        self.bandwidth, self.l0_coef, self.started = bandwidth, l0_coef, False
+        self.bandwidth, self.l0_coef, self.started = float(bandwidth), float(l0_coef), False
         self.log_threshold = nn.Parameter(torch.zeros_like(self.b_enc))
 
     def extra_repr(self) -> str:
@@ -78,7 +79,7 @@ class JumpReLUSAE(TopKSAE):
         # the device is asked only where the answer is not at hand
         if not torch.compiler.is_compiling() and len(rows) == 0 and (self.data_group is None or not bool(some)):
             return
-        self.log_threshold.fill_(1).mul_(threshold.clamp(min=torch.finfo(torch.float16).tiny).log())
+        self.log_threshold.fill_(1).mul_(threshold.clamp(min=torch.finfo(self.W_enc.dtype).tiny).log())
         self.started = True
 
     def _choose(self, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -90,7 +90,7 @@ class TopKSAE(nn.Module):
             raise ValueError(f"TopKSAE: aux_coef must be at least 0, got {aux_coef}")
         self.d_in, self.d_sae, self.k, self.activation = d_in, d_sae, k, activation
         self.k_aux = min(512, max(1, d_in // 2), d_sae) if k_aux is None else k_aux
-        self.aux_coef, self.aux_rows, self.refit = aux_coef, aux_rows, refit
+        self.aux_coef, self.aux_rows, self.refit = float(aux_coef), aux_rows, refit
         self.dead_after = max(10_000, 100 * d_sae // k) if dead_after is None else dead_after
         self.W_enc = nn.Parameter(torch.empty(d_sae, d_in, device=device, dtype=dtype))
         self.b_enc = nn.Parameter(torch.zeros(d_sae, device=device, dtype=dtype))

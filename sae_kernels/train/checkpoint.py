@@ -17,7 +17,8 @@ from .ranks import Ranks
 from .shards import read_shards
 
 FORMAT = 1
-SHARDS = "shards"
+SHARDS, TENSORS = "shards", "optimizer.pt"
+NAMES = {"config.json", "model.safetensors", "training.pt", TENSORS, SHARDS}  # in the folder of one SAE
 
 
 def save_sae(sae: nn.Module, path: str | os.PathLike) -> None:
@@ -44,7 +45,8 @@ def load_sae(path: str | os.PathLike, device: torch.device | str = "cpu") -> nn.
     variant = config.get("variant", "topk")
     if variant not in VARIANTS:
         raise ValueError(f"{folder}: variant {variant!r} is unknown here; known are {', '.join(VARIANTS)}")
-    sae = VARIANTS[variant](**config["sae"], device=device, dtype=getattr(torch, config["dtype"]))
+    dtype, unused = getattr(torch, config["dtype"]), torch.Generator(device)  # of the caller's nothing is drawn
+    sae = VARIANTS[variant](**config["sae"], device=device, dtype=dtype, generator=unused)
     put_weights(sae, read_weights(folder), folder)
     return sae.eval()
 
@@ -135,26 +137,60 @@ def config_of(sae: nn.Module) -> dict[str, Any]:
 
 def other_options(sae: nn.Module, folder: Path) -> list[str]:
     """What decides its training and was otherwise in the folder's config.json; sizes show in the weights."""
-    found, now = read_config(folder).get("sae", {}), json.loads(json.dumps(config_of(sae)["sae"]))
+    found, now = (
+        {"dtype": config["dtype"], **config["sae"]}
+        for config in (read_config(folder), json.loads(json.dumps(config_of(sae))))
+    )
     names = [name for name in now if name in found and name not in ("d_in", "d_sae", "refit")]
     return [f"{name} was {found[name]!r} and is {now[name]!r}" for name in names if found[name] != now[name]]
 
 
-def check_replaceable(path: Path) -> None:
-    """Raises FileExistsError where something stands that a checkpoint must not replace."""
-    if path.is_file() or (path.exists() and any(path.iterdir()) and not (path / "config.json").is_file()):
-        raise FileExistsError(f"{path}: holds something that is no checkpoint; it is not replaced")
+def check_replaceable(path: Path, grid: bool = False) -> None:
+    """Raises FileExistsError where something stands that a checkpoint must not replace: one SAE takes the place of one
+    SAE, a grid that of a grid, and of nothing else. What was put beside their files stays there.
+    """
+    if not path.exists():
+        return
+    found = sorted(file.name for file in path.iterdir()) if path.is_dir() else ["a file"]
+    config, why = _config_of_ours(path), ""
+    if config is None:
+        why = f"something that is no checkpoint ({', '.join(found[:4])})" if found else ""
+    elif ("grid" in config) != grid:
+        why = "one SAE, and a grid would take its place" if grid else "a grid, and one SAE would take its place"
+    if why:
+        raise FileExistsError(f"{path}: holds {why}; it is not replaced")
+
+
+def _config_of_ours(folder: Path) -> dict[str, Any] | None:
+    try:
+        config = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError):
+        return None
+    ours = isinstance(config, dict) and config.get("format") == FORMAT and ("sae" in config or "grid" in config)
+    return config if ours else None
+
+
+def _carry_over(old: Path, path: Path) -> None:
+    """Moves what others have put into the checkpoint at `old`, or into a grid's members, to the one at `path`."""
+    members = (_config_of_ours(old) or {}).get("grid", ())
+    for folder in (Path(), *(Path(name) for name in members if (old / name).is_dir())):
+        for file in (old / folder).iterdir():
+            target = path / folder / file.name
+            if file.name not in NAMES and file.name not in members and not target.exists():
+                target.parent.mkdir(exist_ok=True)
+                os.replace(file, target)
 
 
 @contextmanager
-def replacing(path: Path, ranks: Ranks | None = None) -> Iterator[Path]:
+def replacing(path: Path, ranks: Ranks | None = None, grid: bool = False) -> Iterator[Path]:
     """A fresh folder beside `path`, synced and renamed into its place at the end of the block: a reader sees the old
     one or the new one. With ranks, all their processes enter; they leave when it is in place."""
     ranks, path = Ranks() if ranks is None else ranks, path.resolve()
     fresh = _beside(path, f"new{ranks.shared(os.getpid())}")
     if ranks.main:
         path.parent.mkdir(parents=True, exist_ok=True)
-        check_replaceable(path)
+        check_replaceable(path, grid)
+        _remove_leftovers(path)
         shutil.rmtree(fresh, ignore_errors=True)
         fresh.mkdir()
     ranks.barrier()
@@ -165,17 +201,42 @@ def replacing(path: Path, ranks: Ranks | None = None) -> Iterator[Path]:
     ranks.barrier()
 
 
+def _remove_leftovers(path: Path) -> None:
+    """The fresh folders of processes that were killed while they wrote."""
+    start = _beside(path, "new").name
+    for folder in path.parent.iterdir():
+        pid = folder.name.removeprefix(start)
+        if folder.name.startswith(start) and pid.isdecimal() and not _runs(int(pid)):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _runs(pid: int) -> bool:
+    if os.name == "nt":  # where os.kill ends a process whatever the signal
+        return True
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
 def _put_in_place(fresh: Path, path: Path) -> None:
     for file in fresh.rglob("*"):
         sync(file)
     sync(fresh)
     old = _beside(path, "old")
     if path.exists():
-        shutil.rmtree(old, ignore_errors=True)
+        if old.exists():  # of a process that was killed here
+            _carry_over(old, path)
+            shutil.rmtree(old, ignore_errors=True)
         os.replace(path, old)
     os.replace(fresh, path)
     sync(path.parent)
-    shutil.rmtree(old, ignore_errors=True)
+    if old.exists():
+        _carry_over(old, path)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def read_training(folder: Path) -> dict[str, Any]:

@@ -94,31 +94,37 @@ def fit(
 
     group: the processes (of torchrun, say) that take each a part of every batch; they start from the first one's
     weights. batch_size is that of all together: the result is that of one process but for rounding, and a run goes on
-    on any number of them. A `ShardedTopKSAE` brings the group of those that share its latents.
+    on any number of them. Not so of a `BatchTopKSAE`, whose processes choose each over its own part of the batch, and
+    of the first thresholds of a `JumpReLUSAE`, the mean of what the parts give. A `ShardedTopKSAE` brings the group of
+    those that share its latents.
 
     The same seed gives the same bits; the caller's random state is left as it was. Raises ValueError naming an argument
-    that is out of range, or what differs from the run to be resumed; FloatingPointError where the loss is not finite.
+    that is out of range, or what differs from the run to be resumed; FloatingPointError where the loss is not finite,
+    and before a checkpoint would be written of weights that are not.
     """
     saes = {"": sae} if isinstance(sae, nn.Module) else _checked_grid(sae)
     saes = {name: uncompiled(one) for name, one in saes.items()}
+    if len({id(one) for one in saes.values()}) < len(saes):
+        raise ValueError("the SAEs of a grid are trained each by itself, and one module is in it under several names")
     rates = _rates(lr, saes)
     validate_every = validate_every or (log_every if validate is not None else None)
     _check(validate, validate_every, patience, checkpoint, checkpoint_every, resume)
+    dtype = None if compute_dtype is None else str(compute_dtype).removeprefix("torch.")
+    recipe = Recipe(
+        steps, batch_size, rates[next(iter(saes))], betas, warmup, decay, clip, seed, log_every, validate_every,
+        patience, dtype, "",
+    )  # fmt: skip
     first = next(iter(saes.values()))
     device = torch.device(device) if device is not None else next(first.parameters()).device
     ranks = Ranks(group, getattr(first, "shard_group", None))
-    feed = part_of(as_source(source, batch_size, seed), *ranks.part)
-    dtype = None if compute_dtype is None else str(compute_dtype).removeprefix("torch.")
-    recipe = Recipe(
-        steps, batch_size, rates[next(iter(saes))], tuple(betas), warmup, decay, clip, seed, log_every, validate_every,
-        patience, dtype, feed.describe(),
-    )  # fmt: skip
-    members = {name: Member(m, replace(recipe, lr=rates[name]), ranks, device) for name, m in saes.items()}
+    feed = part_of(as_source(source, recipe.batch_size, recipe.seed), *ranks.part)
+    recipe = replace(recipe, source=feed.describe())
+    members = {name: Member(m, replace(recipe, lr=rates[name]), ranks, device, name) for name, m in saes.items()}
     if isinstance(validate, Tensor):
         validate = _held_out_fvu(validate, device)
     path = None if checkpoint is None else Path(checkpoint)
     if path is not None and ranks.main:
-        check_replaceable(path)  # not when all is done
+        check_replaceable(path, "" not in saes)  # not when all is done
     run = Run(members, feed, ranks, recipe, validate, log, path, checkpoint_every)
     started = time.perf_counter()
     _train(run, resume, progress)
@@ -185,14 +191,18 @@ def _train(run: Run, resume: bool, progress: bool) -> None:
                 run.save()
                 raise Interrupted(run.step, run.checkpoint)
             _advance(run, batch, bar)
-    for member in run.members.values():
-        member.put_best_back()
-    run.save()
+        for member in run.members.values():
+            member.put_best_back()
+        run.save()
+        if run.ranks.any(interrupted.is_set(), run.device):
+            raise Interrupted(run.step, run.checkpoint)
 
 
 def _next(run: Run) -> Tensor | None:
     try:
         return as_batch(run.source.next())
+    except StopIteration:
+        raise ValueError(f"source ended after {run.step} batches; give one that lasts for all steps") from None
     except KeyboardInterrupt:
         if run.ranks.groups:  # the others know nothing of it, and saving is for all
             raise

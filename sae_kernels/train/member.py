@@ -51,8 +51,8 @@ class Member:
     Use as a context manager: inside it the decoder rows are constrained and the SAE knows with whom it trains.
     """
 
-    def __init__(self, sae: nn.Module, recipe: Recipe, ranks: Ranks, device: torch.device) -> None:
-        self.sae, self.recipe, self.ranks = sae.to(device).train(), recipe, ranks
+    def __init__(self, sae: nn.Module, recipe: Recipe, ranks: Ranks, device: torch.device, name: str = "") -> None:
+        self.sae, self.recipe, self.ranks, self.name = sae.to(device).train(), recipe, ranks, name
         self.optimizer = torch.optim.Adam(sae.parameters(), lr=recipe.lr, betas=recipe.betas)
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, recipe.factor)
         self.window, self.window_steps = torch.zeros(len(COLUMNS), dtype=torch.float64, device=device), 0
@@ -68,6 +68,9 @@ class Member:
             )
             # the first one's buffers at the start; from then on they are kept equal as they change
             self.objective.broadcast_buffers = False
+            state = [sae.get_extra_state()]  # what is no tensor of it
+            torch.distributed.broadcast_object_list(state, group=ranks.data, group_src=0)
+            sae.set_extra_state(state[0])
 
     def __enter__(self) -> "Member":
         self.sae.data_group, self._handle = self.ranks.data, self.sae.constrain(self.optimizer)
@@ -99,9 +102,7 @@ class Member:
         means = (summed(self.window, self.ranks.data) / self.window_steps).tolist()
         row = {"step": self.steps, **dict(zip(COLUMNS, means, strict=True))}
         if not math.isfinite(row["loss"]):
-            raise FloatingPointError(
-                f"the loss is {row['loss']} before step {self.steps}: look at the activations, or lower lr"
-            )
+            raise self._diverged(f"the loss is {row['loss']} before step {self.steps}")
         dead = summed(self.sae.dead.double().sum(), self.ranks.shard)
         row["dead_share"] = (dead / self.sae.d_sae).item()
         row["lr"] = self.recipe.lr * self.recipe.factor(self.steps - 1)
@@ -109,13 +110,30 @@ class Member:
         self.window_steps = 0
         return row
 
+    def check_finite(self) -> None:
+        """Raises FloatingPointError, on all processes, where the loss since the last row or the weights that training
+        goes on with, or ends with, are not finite."""
+        ended = self.stopped and self.best_weights is not None
+        weights = self.best_weights if ended else self.sae.state_dict()
+        kept = [*weights.values(), *([] if ended else [self.window[0]])]
+        wrong = not all(bool(t.isfinite().all()) for t in kept if t.is_floating_point())
+        if self.ranks.any(wrong, self.window.device):
+            raise self._diverged(f"the loss or the weights are not finite after step {self.steps}")
+
+    def _diverged(self, how: str) -> FloatingPointError:
+        of = f"{self.name}: " if self.name else ""
+        return FloatingPointError(f"{of}{how}: look at the activations, or lower lr")
+
     def validated(self, validate: Callable[[nn.Module], float]) -> float:
+        # each process validates on the whole: what shares a batch out must not take its loss for a share
+        self.sae.data_group = None
         self.sae.eval()
         try:
             with torch.no_grad():
                 score = self.ranks.shared(float(validate(self.sae)))
         finally:
             self.sae.train()
+            self.sae.data_group = self.ranks.data
         if not math.isnan(score) and (self.best is None or score < self.best):
             self.best, self.bad = score, 0
             if self.recipe.patience is not None:

@@ -80,8 +80,13 @@ def clip_gradients(sae: nn.Module, limit: float, ranks: Ranks) -> Tensor:
     parameters = dict(sae.named_parameters())
     if ranks.shard is None:
         return nn.utils.clip_grad_norm_(parameters.values(), limit)
-    squares = {name: torch.linalg.vector_norm(p.grad, dtype=torch.float64).square() for name, p in parameters.items()}
-    mine = sum(square for name, square in squares.items() if name in sae.sharded)
+    squares = {
+        name: torch.linalg.vector_norm(p.grad, dtype=torch.float64).square()
+        for name, p in parameters.items()
+        if p.grad is not None
+    }
+    nothing = torch.zeros((), dtype=torch.float64, device=sae.W_dec.device)
+    mine = sum((square for name, square in squares.items() if name in sae.sharded), nothing)
     rest = sum(square for name, square in squares.items() if name not in sae.sharded)
     norm = (summed(mine, ranks.shard) + rest).sqrt()
     nn.utils.clip_grads_with_norm_(parameters.values(), limit, norm)

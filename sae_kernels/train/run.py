@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from .checkpoint import (
     FORMAT,
     SHARDS,
+    TENSORS,
     find_folder,
     other_options,
     put_weights,
@@ -27,8 +28,6 @@ from .ranks import Ranks
 from .recipe import Recipe
 from .shards import own_rows, read_shards, write_shards
 from .sources import Source
-
-TENSORS = "optimizer.pt"
 
 
 @dataclass
@@ -55,9 +54,14 @@ class Run:
         return next(iter(self.members.values())).window.device
 
     def save(self) -> None:
-        """Writes the checkpoint where one was asked for; every process of the run must call it."""
+        """Writes the checkpoint where one was asked for; every process of the run must call it.
+
+        Raises FloatingPointError, and leaves the older one, where it would hold what is not finite.
+        """
         if self.checkpoint is None:
             return
+        for member in self.members.values():
+            member.check_finite()
         training = {
             "step": self.step,
             "members": {name: member.state_dict() for name, member in self.members.items()},
@@ -65,7 +69,7 @@ class Run:
             "rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
         }
-        with replacing(self.checkpoint, self.ranks) as folder:
+        with replacing(self.checkpoint, self.ranks, "" not in self.members) as folder:
             if self.ranks.shard is not None:
                 self._save_parts(folder)
             elif self.ranks.main:

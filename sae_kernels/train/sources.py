@@ -191,7 +191,7 @@ class IteratorSource:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if self._stateful():
             self.batches.load_state_dict(state["inner"])
-            self._drawn = state["drawn"]
+            self._iterator, self._drawn = None, state["drawn"]
             return
         if self._drawn > state["drawn"]:
             if isinstance(self.batches, Iterator):
@@ -256,6 +256,8 @@ class ModelSource:
         rows, barren = sum(len(part) for part in kept), 0
         while rows < self.capacity:
             part = self._record(self.inputs.next())
+            if kept:  # a restored buffer is on the CPU, wherever the model is
+                kept[0] = kept[0].to(part.device)
             barren = 0 if len(part) else barren + 1
             if barren == 1000:
                 raise ValueError(
@@ -286,4 +288,7 @@ class ModelSource:
         self._buffer, self._fills, self._cursor = state["buffer"], state["fills"], 0
 
     def describe(self) -> str:
-        return f"model {type(self.model).__name__} at {self.name}"
+        return (
+            f"model {type(self.model).__name__} at {self.name}, batches of {self.batch_size}, buffers of "
+            f"{self.capacity}, seed {self.seed}"
+        )

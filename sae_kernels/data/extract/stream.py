@@ -87,7 +87,11 @@ class ActivationStream:
         self._epoch, self._given = state["epoch"], state["given"]
 
     def describe(self) -> str:
-        return f"stream {type(self._recipe.model).__name__} at {self._recipe.module}"
+        inputs = ", ".join(f"{name} {value}" for name, value in self._inputs.describe().items())
+        return (
+            f"stream {type(self._recipe.model).__name__} at {self._recipe.module}, batches of {self._batch_rows}, "
+            f"buffers of {self._buffer_rows}, shuffle {self._shuffle}, {inputs}"
+        )
 
     def close(self) -> None:
         """Ends the thread; the next batch would start it anew."""
