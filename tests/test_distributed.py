@@ -119,11 +119,11 @@ def _validated(rank, size):
         sae,
         x,
         group=dist.group.WORLD,
-        validate=lambda sae: float(sae.loss(x).mse),
+        validate=lambda sae: float(sae.loss(x).fvu),
         validate_every=12,
         **SETTINGS,
     )
-    assert result.best == pytest.approx(float(sae.eval().loss(x).mse), rel=1e-6)
+    assert result.best == pytest.approx(float(sae.eval().loss(x).fvu), rel=1e-6)
     jump = new_sae(JumpReLUSAE)
     if rank == 0:
         jump.init_threshold(x)

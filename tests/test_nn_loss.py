@@ -23,7 +23,7 @@ def test_loss_and_gradients_against_dense(name, weighted):
     weight = torch.rand(60, dtype=torch.float64, generator=torch.Generator().manual_seed(3)) if weighted else None
     out = sae.loss(x, weight)
     expected = dense_fvu(sae, x, None if weight is None else weight.float())
-    assert_close([out.mse, out.loss], [expected, expected], rtol=1e-6 if weighted else 1e-10)
+    assert_close([out.fvu, out.loss], [expected, expected], rtol=1e-6 if weighted else 1e-10)
     assert_close(gradients(sae, out.loss), gradients(sae, expected), rtol=1e-6 if weighted else 1e-10)
 
 
@@ -33,10 +33,10 @@ def test_large_batches_go_block_by_block_to_the_same_numbers(weighted):
     assert x.numel() > 2**21
     weight = (torch.arange(7100) % 3 > 0) if weighted else None
     out, expected = sae.loss(x, weight), dense_fvu(sae, x, weight)
-    assert_close([out.mse], [expected])
+    assert_close([out.fvu], [expected])
     assert_close(gradients(sae, 3 * out.loss), gradients(sae, 3 * expected), rtol=1e-9)
     with torch.no_grad():
-        assert_close([sae.loss(x, weight).mse], [expected])
+        assert_close([sae.loss(x, weight).fvu], [expected])
     sae.W_dec.requires_grad_(False)
     part = torch.autograd.grad(sae.loss(x, weight).loss, [sae.W_enc, sae.b_dec])
     assert_close(part, torch.autograd.grad(dense_fvu(sae, x, weight), [sae.W_enc, sae.b_dec]), rtol=1e-9)
@@ -45,7 +45,7 @@ def test_large_batches_go_block_by_block_to_the_same_numbers(weighted):
 def test_loss_gradient_reaches_an_input_that_wants_one():
     sae, x = make("none"), rows(20).requires_grad_()
     variance = total_variance(x)
-    ours = torch.autograd.grad(sae.loss(x).mse * variance, x)[0]
+    ours = torch.autograd.grad(sae.loss(x).fvu * variance, x)[0]
     error = (dense_code(sae, x) @ sae.W_dec + sae.b_dec - x).square().sum()
     assert_close([ours], [torch.autograd.grad(error, x)[0]])
 
@@ -162,7 +162,7 @@ def test_auxk_against_dense_and_on_dead_rows_alone():
 def test_auxk_is_exactly_zero_while_nothing_is_dead():
     sae, x = make("none", dead_after=1000), rows(60)
     out = sae.loss(x)
-    assert out.aux.item() == 0 and out.loss.item() == out.mse.item()
+    assert out.aux.item() == 0 and out.loss.item() == out.fvu.item()
     # the same through the path that a compiled graph takes
     from sae_kernels.nn.loss import auxk_loss
 
@@ -182,7 +182,7 @@ def test_auxk_options_have_an_effect():
         return sae.loss(x)
 
     assert aux(aux_coef=0.0).aux.item() == 0
-    assert aux(aux_coef=0.5).loss.item() == pytest.approx(aux().mse.item() + 0.5 * aux().aux.item())
+    assert aux(aux_coef=0.5).loss.item() == pytest.approx(aux().fvu.item() + 0.5 * aux().aux.item())
     assert aux(k_aux=1).aux.item() != aux(k_aux=6).aux.item()
     assert aux(aux_rows=5).aux.item() != aux().aux.item()
     assert TopKSAE(256, 1024, 32).k_aux == 128 and TopKSAE(4096, 8192, 32).k_aux == 512 and TopKSAE(1, 2, 1).k_aux == 1

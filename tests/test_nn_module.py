@@ -182,7 +182,7 @@ def test_compile_training_step():
             module.rows_since_fired.fill_(-100)[:9] = silent - 64
         ours, theirs = compiled(batch), twin.loss(batch)
         assert (theirs.aux > 0) == (silent > 0)
-        assert_close([ours.mse, ours.aux, ours.code.to_dense()], [theirs.mse, theirs.aux, theirs.code.to_dense()], 1e-5)
+        assert_close([ours.fvu, ours.aux, ours.code.to_dense()], [theirs.fvu, theirs.aux, theirs.code.to_dense()], 1e-5)
         assert_close(gradients(sae, ours.loss), gradients(twin, theirs.loss), 1e-5)
     assert torch.equal(sae.rows_since_fired, twin.rows_since_fired)
 

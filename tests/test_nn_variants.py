@@ -42,7 +42,7 @@ def test_batch_topk_loss_is_the_dense_one():
     pre = pre_activations(sae, x).relu()
     code = torch.where(pre >= pre.flatten().topk(5 * 50).values[-1], pre, 0)
     dense = fvu(code @ sae.W_dec + sae.b_dec, standardized(x))
-    assert_close([out.mse, out.code.to_dense()], [dense, code])
+    assert_close([out.fvu, out.code.to_dense()], [dense, code])
     assert_close(gradients(sae, out.loss), gradients(sae, dense))
     assert out.l0 == 5 and out.code.values.shape == (50, 40)
     assert (out.code.values != 0).sum(-1).unique().numel() > 3
@@ -155,7 +155,7 @@ def test_jumprelu_loss_and_its_straight_through_gradient():
     l0 = (pre > theta).sum() / 200.0
     dense = fvu(code @ sae.W_dec + sae.b_dec, standardized(x))
     assert_close(
-        [out.mse, out.l0.double(), out.loss], [dense, l0.double(), dense + 0.3 * (l0.double() / 5 - 1) ** 2], 1e-6
+        [out.fvu, out.l0.double(), out.loss], [dense, l0.double(), dense + 0.3 * (l0.double() / 5 - 1) ** 2], 1e-6
     )
     got = torch.autograd.grad(out.loss, [*sae.parameters()], retain_graph=True)
     dense.backward()
@@ -166,6 +166,17 @@ def test_jumprelu_loss_and_its_straight_through_gradient():
     assert near.any(0).sum() > 30
     for (name, parameter), gradient in zip(sae.named_parameters(), got, strict=True):
         assert_close([gradient], [by_hand if name == "log_threshold" else parameter.grad], 1e-6)
+
+
+@pytest.mark.parametrize("kind", [sk.TopKSAE, sk.BatchTopKSAE, sk.JumpReLUSAE])
+def test_errors_name_the_class(kind):
+    sae, name = kind(4, 8, 2), kind.__name__
+    with pytest.raises(ValueError, match=rf"^{name}: x \(3, 5\) must end in d_in = 4"):
+        sae.encode(torch.ones(3, 5))
+    with pytest.raises(ValueError, match=rf"^{name}.loss: weight \(2,\) must have"):
+        sae.loss(torch.ones(3, 4), torch.ones(2))
+    with pytest.raises(ValueError, match=rf"^{name}: k must be between 1 and 8"):
+        kind(4, 8, 9)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
@@ -206,7 +217,7 @@ def test_training_stays_near_k_and_explains_about_as_much_as_topk(cls, threads):
         result = fit(sae, x, steps=250, batch_size=512, lr=4e-3, seed=0, progress=False)
         assert result.steps == 250
         out = sae.eval().loss(x)
-        left[kind] = out.mse.item()
+        left[kind] = out.fvu.item()
     assert 2 < out.l0 < 6 and left[cls] < 1.8 * left[TopKSAE] and left[TopKSAE] < 0.3
 
 

@@ -99,13 +99,13 @@ class JumpReLUSAE(TopKSAE):
         values, fires = _Jump.apply(values, own, self.bandwidth)
         return values, indices, fires.sum(-1)
 
-    def _total(self, mse: Tensor, aux: Tensor, l0: Tensor) -> Tensor:
+    def _total(self, fvu: Tensor, aux: Tensor, l0: Tensor) -> Tensor:
         whole = summed(l0.detach(), self.data_group) + (l0 - l0.detach())
         penalty = self.l0_coef * (whole / self.k - 1) ** 2
         if self.data_group is not None:  # the whole's, of which this process's share has the gradient of its own rows
             size = torch.distributed.get_world_size(self.data_group)
             penalty = penalty - penalty.detach() * (1 - 1 / size)
-        return super()._total(mse, aux, l0) + penalty
+        return super()._total(fvu, aux, l0) + penalty
 
     def _conventions(self) -> dict[str, str | int | float]:
         own = {"variant": self.variant, "max_active": self.max_active, "bandwidth": self.bandwidth}

@@ -20,10 +20,14 @@ _RESIDUAL_ELEMENTS = 2**20  # 4 MiB of float32
 
 
 class SAELoss(NamedTuple):
-    """loss = mse + aux_coef * aux; mse: the fraction of variance unexplained; l0: the latents that fire per row."""
+    """What an SAE's `loss` gives: scalars in float32, or float64 for float64.
+
+    loss: fvu + aux_coef * aux, and what a subclass adds (JumpReLUSAE: its penalty on l0); fvu: the fraction of variance
+    unexplained; aux: the same of what AuxK rebuilds of the rows; l0: the latents that fire per row; code: that of x.
+    """
 
     loss: Tensor
-    mse: Tensor
+    fvu: Tensor
     aux: Tensor
     l0: Tensor
     code: SparseCode
@@ -84,15 +88,15 @@ def keeps_residual(x: Tensor, W_dec: Tensor) -> bool:
     return not wide or x.numel() <= _block_elements(W_dec) or torch.compiler.is_compiling()
 
 
-def checked_weight(weight: Tensor, x: Tensor) -> Tensor:
+def checked_weight(op: str, weight: Tensor, x: Tensor) -> Tensor:
     """weight [...] of rows x [..., d_in] as a constant in the dtype of sums; raises TypeError or ValueError."""
-    _checks.tensor("TopKSAE.loss", "weight", weight)
+    _checks.tensor(op, "weight", weight)
     if weight.shape != x.shape[:-1]:
         shapes = f"weight {tuple(weight.shape)} must have the leading shape of x {tuple(x.shape)}"
-        raise ValueError(f"TopKSAE.loss: {shapes}")
+        raise ValueError(f"{op}: {shapes}")
     if weight.dtype != torch.bool and not weight.is_floating_point():
-        raise TypeError(f"TopKSAE.loss: weight must be bool or floating, got {weight.dtype}")
-    _checks.same_device("TopKSAE.loss", "x", x, "weight", weight)
+        raise TypeError(f"{op}: weight must be bool or floating, got {weight.dtype}")
+    _checks.same_device(op, "x", x, "weight", weight)
     return weight.detach().to(torch.float64 if x.dtype == torch.float64 else torch.float32)
 
 

@@ -83,11 +83,12 @@ class TopKSAE(nn.Module):
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
-        _check_sizes(d_in, d_sae, k, k_aux, aux_rows, dead_after, refit)
+        op = type(self).__name__
+        _check_sizes(op, d_in, d_sae, k, k_aux, aux_rows, dead_after, refit)
         if activation not in ACTIVATIONS:
-            raise ValueError(f"TopKSAE: activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+            raise ValueError(f"{op}: activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
         if not aux_coef >= 0:
-            raise ValueError(f"TopKSAE: aux_coef must be at least 0, got {aux_coef}")
+            raise ValueError(f"{op}: aux_coef must be at least 0, got {aux_coef}")
         self.d_in, self.d_sae, self.k, self.activation = d_in, d_sae, k, activation
         self.k_aux = min(512, max(1, d_in // 2), d_sae) if k_aux is None else k_aux
         self.aux_coef, self.aux_rows, self.refit = float(aux_coef), aux_rows, refit
@@ -96,7 +97,7 @@ class TopKSAE(nn.Module):
         self.b_enc = nn.Parameter(torch.zeros(d_sae, device=device, dtype=dtype))
         self.W_dec = nn.Parameter(torch.empty(d_sae, d_in, device=device, dtype=dtype))
         self.b_dec = nn.Parameter(torch.zeros(d_in, device=device, dtype=dtype))
-        _checks.floating("TopKSAE", dtype=self.W_dec)
+        _checks.floating(op, dtype=self.W_dec)
         self.normalizer = Normalizer(normalize, d_in, device=device, dtype=dtype)
         self.register_buffer("rows_since_fired", torch.zeros(d_sae, dtype=torch.int64, device=device))
         self._init_weights(tied_init, generator)
@@ -189,26 +190,26 @@ class TopKSAE(nn.Module):
     def loss(self, x: Tensor, weight: Tensor | None = None) -> SAELoss:
         """The training loss of x [..., d_in], in the space in which x was normalised.
 
-        mse is the ratio of sums: squared error over the batch's variance about its mean, so that the learning rate does
+        fvu is the ratio of sums: squared error over the batch's variance about its mean, so that the learning rate does
         not depend on the scale of x. weight [...], bool (a mask) or floating and not negative, weighs the rows; rows of
         weight 0 count nowhere, whatever they hold. In training mode `rows_since_fired` is brought up to date. No host
         sync on a GPU.
 
-        With a `data_group`, x is this process's part of the batch, and loss, mse, aux and l0 are its shares of the
+        With a `data_group`, x is this process's part of the batch, and loss, fvu, aux and l0 are its shares of the
         whole batch's: they add up over the group, and so do their gradients.
         """
         self._check_input(x)
         shape, rows = x.shape[:-1], x.reshape(-1, self.d_in)
         if weight is not None:
-            weight = checked_weight(weight, x).reshape(-1)
+            weight = checked_weight(f"{type(self).__name__}.loss", weight, x).reshape(-1)
             rows = torch.where((weight > 0).unsqueeze(-1), rows, 0)
         normalized, offset, scale = self.normalizer(rows)
         normalized = normalized.to(self.W_enc.dtype)
         scale_of_error = total_variance(normalized, weight, self.data_group)
-        values, indices, fires, mse = self._compare(normalized, weight, scale_of_error)
+        values, indices, fires, fvu = self._compare(normalized, weight, scale_of_error)
         if self.training:
             self._count_firings(values, indices, weight)
-        aux = self._aux(normalized, weight) if self.aux_coef else torch.zeros_like(mse)
+        aux = self._aux(normalized, weight) if self.aux_coef else torch.zeros_like(fvu)
         mass = summed(fires.new_zeros(()) + fires.shape[0] if weight is None else weight.sum(), self.data_group)
         l0 = (fires if weight is None else fires * weight).sum() / torch.where(mass > 0, mass, 1)
         code = SparseCode(
@@ -218,7 +219,7 @@ class TopKSAE(nn.Module):
             offset if offset is None or offset.dim() == 1 else offset.reshape(*shape, 1),
             scale if scale is None or scale.dim() == 1 else scale.reshape(*shape, 1),
         )
-        return SAELoss(self._total(mse, aux, l0), mse, aux, l0.detach(), code)
+        return SAELoss(self._total(fvu, aux, l0), fvu, aux, l0.detach(), code)
 
     def constrain(self, optimizer: torch.optim.Optimizer) -> ConstraintHandle:
         """Keeps the decoder rows at unit norm: before every optimizer.step() the gradient of W_dec is made orthogonal
@@ -254,8 +255,8 @@ class TopKSAE(nn.Module):
         values, indices = self._choose(x)
         return values, indices, self._firing_per_row(values)
 
-    def _total(self, mse: Tensor, aux: Tensor, l0: Tensor) -> Tensor:
-        return mse + self.aux_coef * aux
+    def _total(self, fvu: Tensor, aux: Tensor, l0: Tensor) -> Tensor:
+        return fvu + self.aux_coef * aux
 
     def _compare(self, x: Tensor, weight: Tensor | None, scale: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Values and indices [N, width], how many latents fire per row [N], and the squared error over `scale`."""
@@ -332,20 +333,22 @@ class TopKSAE(nn.Module):
         return max(0, -((rank - self.aux_rows) // size))
 
     def _check_input(self, x: Tensor) -> None:
-        _checks.tensor("TopKSAE", "x", x)
+        op = type(self).__name__
+        _checks.tensor(op, "x", x)
         if x.dtype not in _checks.FLOATS:
-            raise TypeError(f"TopKSAE: x must be float32, float64, bfloat16 or float16, got {x.dtype}")
+            raise TypeError(f"{op}: x must be float32, float64, bfloat16 or float16, got {x.dtype}")
         if x.dim() == 0 or x.shape[-1] != self.d_in:
             raise ValueError(
-                f"TopKSAE: x {tuple(x.shape)} must end in d_in = {self.d_in} of W_enc {tuple(self.W_enc.shape)}"
+                f"{op}: x {tuple(x.shape)} must end in d_in = {self.d_in} of W_enc {tuple(self.W_enc.shape)}"
             )
-        _checks.same_device("TopKSAE", "W_enc", self.W_enc, "x", x)
+        _checks.same_device(op, "W_enc", self.W_enc, "x", x)
 
     def _check_code(self, code: SparseCode) -> None:
+        op = type(self).__name__
         if not isinstance(code, SparseCode):
-            raise TypeError(f"TopKSAE: code must be a SparseCode, got {type(code).__name__}")
+            raise TypeError(f"{op}: code must be a SparseCode, got {type(code).__name__}")
         if code.d_sae != self.d_sae:
-            raise ValueError(f"TopKSAE: code has d_sae = {code.d_sae}, this SAE has {self.d_sae}")
+            raise ValueError(f"{op}: code has d_sae = {code.d_sae}, this SAE has {self.d_sae}")
 
     def get_extra_state(self) -> Tensor:
         """What the tensors do not tell, as JSON in a uint8 tensor: formats that hold tensors alone can keep it."""
@@ -390,9 +393,9 @@ def _splits(x: Tensor) -> bool:
 
 
 def _check_sizes(
-    d_in: int, d_sae: int, k: int, k_aux: int | None, aux_rows: int, dead_after: int | None, refit: int
+    op: str, d_in: int, d_sae: int, k: int, k_aux: int | None, aux_rows: int, dead_after: int | None, refit: int
 ) -> None:
-    op, large = "TopKSAE", 2**31 - 1
+    large = 2**31 - 1
     _checks.integer(op, "d_in", d_in, 1, large)
     _checks.integer(op, "d_sae", d_sae, 1, large)
     _checks.integer(op, "k", k, 1, d_sae)

@@ -33,7 +33,7 @@ class _Objective(nn.Module):
             self.sae.prepare(batch)
             weights = {f"sae.{name}": p.to(self.dtype) for name, p in self.sae.named_parameters()}
             out = torch.func.functional_call(_Loss(self.sae), weights, (batch,))
-        return out.loss, torch.stack([out.loss, out.mse, out.aux, out.l0]).detach().double()
+        return out.loss, torch.stack([out.loss, out.fvu, out.aux, out.l0]).detach().double()
 
 
 class _Loss(nn.Module):
