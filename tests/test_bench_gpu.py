@@ -123,11 +123,12 @@ def test_tests_that_hang_or_are_all_skipped_open_no_gate(tmp_path):
     assert checks.run_tests("cpu", tmp_path, "new", 1.0, tmp_path, ("sparse_decode",)) == {}
 
 
-def test_small_cases_under_the_sanitizer(tmp_path, monkeypatch):
+def test_small_cases_under_the_sanitizer(tmp_path, monkeypatch, capsys):
     """With a stand-in for the tool whose racecheck finds something; other tests and other kernels are let be."""
     assert set(checks.sanitize(tmp_path, time.time() + 60, tmp_path).values()) == {
         "not run: there is no compute-sanitizer on PATH"
     }
+    assert "memcheck, racecheck: not run" in capsys.readouterr().out
     tool = tmp_path / "bin" / checks.SANITIZER
     tool.parent.mkdir()
     tool.write_text('#!/bin/sh\n[ "$1 $3 $5" = "--tool --error-exitcode --target-processes" ] || exit 1\n'

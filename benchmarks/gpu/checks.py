@@ -108,7 +108,9 @@ def run_tests(
 def sanitize(out: Path, deadline: float, tests: Path, ops: tuple[str, ...] = ()) -> dict[str, str]:
     """Tool of compute-sanitizer -> "ok: ..." or what it found, over the small cases of the CUDA C++ kernels."""
     if shutil.which(SANITIZER) is None:
-        return dict.fromkeys(SANITIZER_TOOLS, f"not run: there is no {SANITIZER} on PATH")
+        missing = f"not run: there is no {SANITIZER} on PATH"
+        print(f"{', '.join(SANITIZER_TOOLS)}: {missing}", flush=True)
+        return dict.fromkeys(SANITIZER_TOOLS, missing)
     wanted = {gate for op in ops for gate in NEEDS[op]}
     files = [
         path
